@@ -1,0 +1,1 @@
+"""The data room: corpus, tokenizer, n-gram baseline, and the batches a run reads."""
