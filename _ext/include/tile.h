@@ -1,0 +1,118 @@
+// The inner tile of every matrix product, and the packing of its right-hand side.
+//
+// Design: each output element is one chain of fused multiply-adds in k order over at most DEPTH values of k; longer
+// sums are chains of DEPTH added in order. Vectors run across n and tiles across m and n, so neither the
+// tile's size nor the instruction set touches the order: the bits are those of a plain triple loop.
+// The right-hand side is packed into panels of PANEL columns, k-major, so that the inner loop reads memory in order;
+// columns past the edge are packed as 0 and never stored.
+#ifndef MINITRAIN_TILE_H
+#define MINITRAIN_TILE_H
+#include "lanes.h"
+
+#define DEPTH 256
+#if defined(MINITRAIN_AVX512)
+#define TILE_ROWS 8
+#define PANEL_VECTORS 2  // 8 x 32: 16 accumulators, 2 of b, broadcasts from memory
+#else
+#define TILE_ROWS 6
+#define PANEL_VECTORS 1  // 6 x 16: 12 of 16 registers with AVX2
+#endif
+#define PANEL (LANES * PANEL_VECTORS)
+
+// c[rows, n] = a[rows, depth] . panel (+ c if accumulate) (+ bias[n]); element (i, k) of a stands at a[i*row + k*step].
+// rows and vectors are literals at every call, so the accumulators stay in registers.
+INLINE void tile_body(const int rows, const int vectors, int64_t depth, const float *a, int64_t row, int64_t step,
+                      const float *panel, int64_t width, float *c, int64_t ldc, int accumulate, const float *bias, int64_t n) {
+  V sum[TILE_ROWS][PANEL_VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) sum[i][j] = vzero();
+  for (int64_t k = 0; k < depth; k++) {
+    V b[PANEL_VECTORS];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) b[j] = vload(panel + LANES * j);
+    panel += width;
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+      V x = vset(a[i * row]);
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) sum[i][j] = vfma(x, b[j], sum[i][j]);
+    }
+    a += step;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) {
+      float *p = c + i * ldc + LANES * j;
+      int64_t left = n - LANES * j;
+      V r = sum[i][j];
+      if (accumulate) r = vadd(vload_n(p, left), r);
+      if (bias) r = vadd(r, vload_n(bias + LANES * j, left));
+      vstore_n(p, r, left);
+    }
+}
+
+static __attribute__((noinline)) void tile(int rows, int64_t depth, const float *a, int64_t row, int64_t step,
+                                           const float *panel, int64_t width, float *c, int64_t ldc, int accumulate,
+                                           const float *bias, int64_t n) {
+#define ARGS(row, step) depth, a, row, step, panel, width, c, ldc, accumulate, bias, n
+#define CASE(m)                                                                                    \
+  case m:                                                                                          \
+    if (PANEL_VECTORS == 1 || n <= LANES) tile_body(m, 1, ARGS(row, step));                        \
+    else if (step == 1) tile_body(m, PANEL_VECTORS, ARGS(row, 1));                                 \
+    else if (row == 1) tile_body(m, PANEL_VECTORS, ARGS(1, step));                                 \
+    else tile_body(m, PANEL_VECTORS, ARGS(row, step));                                             \
+    break;
+  switch (rows) {
+#if TILE_ROWS == 8
+    CASE(8) CASE(7)
+#endif
+    CASE(6) CASE(5) CASE(4) CASE(3) CASE(2) CASE(1)
+  }
+#undef CASE
+#undef ARGS
+}
+
+// panel[k][j] = b[k*ldb + j], j < n, else 0; width is a multiple of 16
+INLINE void pack_rows(float *panel, int64_t width, const float *b, int64_t ldb, int64_t depth, int64_t n) {
+  for (int64_t k = 0; k < depth; k++, panel += width, b += ldb)
+    for (int64_t j = 0; j < width; j += LANES) vstore(panel + j, vload_n(b + j, n - j));
+}
+
+#if defined(MINITRAIN_AVX512) || defined(MINITRAIN_AVX2)
+INLINE void transpose8x8(float *out, int64_t ldo, const float *in, int64_t ldi) {
+  __m256 r[8], t[8];
+  for (int q = 0; q < 8; q++) r[q] = _mm256_loadu_ps(in + q * ldi);
+  for (int q = 0; q < 8; q += 2) {
+    t[q] = _mm256_unpacklo_ps(r[q], r[q + 1]);
+    t[q + 1] = _mm256_unpackhi_ps(r[q], r[q + 1]);
+  }
+  for (int q = 0; q < 8; q += 4) {
+    r[q] = _mm256_shuffle_ps(t[q], t[q + 2], 0x44);
+    r[q + 1] = _mm256_shuffle_ps(t[q], t[q + 2], 0xEE);
+    r[q + 2] = _mm256_shuffle_ps(t[q + 1], t[q + 3], 0x44);
+    r[q + 3] = _mm256_shuffle_ps(t[q + 1], t[q + 3], 0xEE);
+  }
+  for (int q = 0; q < 4; q++) {
+    _mm256_storeu_ps(out + q * ldo, _mm256_permute2f128_ps(r[q], r[q + 4], 0x20));
+    _mm256_storeu_ps(out + (q + 4) * ldo, _mm256_permute2f128_ps(r[q], r[q + 4], 0x31));
+  }
+}
+#else
+INLINE void transpose8x8(float *out, int64_t ldo, const float *in, int64_t ldi) {
+  for (int k = 0; k < 8; k++) for (int j = 0; j < 8; j++) out[k * ldo + j] = in[j * ldi + k];
+}
+#endif
+
+// panel[k][j] = b[j*ldb + k], j < n, else 0
+INLINE void pack_columns(float *panel, int64_t width, const float *b, int64_t ldb, int64_t depth, int64_t n) {
+  for (int64_t j = 0; j < width; j += 8) {
+    int64_t k = 0;
+    if (j + 8 <= n) for (; k + 8 <= depth; k += 8) transpose8x8(panel + k * width + j, width, b + j * ldb + k, ldb);
+    for (; k < depth; k++)
+      for (int64_t i = j; i < j + 8; i++) panel[k * width + i] = i < n ? b[i * ldb + k] : 0.0f;
+  }
+}
+#endif

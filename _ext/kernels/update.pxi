@@ -1,0 +1,81 @@
+# Global norm, clipping and AdamW, over the flat buffers.
+
+
+# sums[b] = sum of squares of block b (4096 elements), blocks lo..hi-1
+cdef void square_sums(double *sums, const float *g, int64_t P, int64_t lo, int64_t hi) noexcept nogil:
+    cdef int64_t b, i, end
+    cdef V s, x
+    for b in range(lo, hi):
+        s = vzero()
+        end = min(P, (b + 1) * 4096)
+        for i in range(b * 4096, end, 16):
+            x = vload_n(g + i, end - i)
+            s = vfma(x, x, s)
+        sums[b] = vsum(s)
+
+
+# norm = sqrt(sum of the blocks' sums, in order, in double)
+cdef void norm(double *result, const double *sums, int64_t n) noexcept nogil:
+    cdef int64_t b
+    cdef double total = 0
+    for b in range(n):
+        total += sums[b]
+    result[0] = sqrt(total)
+
+
+# g *= factor
+cdef void scale(float *g, const double *factor, int64_t n) noexcept nogil:
+    cdef int64_t i
+    cdef V f = vset(<float>factor[0])
+    for i in range(0, n, 16):
+        vstore_n(g + i, vmul(vload_n(g + i, n - i), f), n - i)
+
+
+# g = min(max(g, -limit), limit); NaN stays NaN
+cdef void clamp(float *g, const double *limit, int64_t n) noexcept nogil:
+    cdef int64_t i
+    cdef V top = vset(<float>limit[0]), bottom = vset(-<float>limit[0]), x
+    for i in range(0, n, 16):
+        x = vload_n(g + i, n - i)
+        x = vselect_gt(x, top, top, x)                   # a comparison with NaN is false, so x itself is kept
+        vstore_n(g + i, vselect_gt(bottom, x, bottom, x), n - i)
+
+
+# m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
+# theta = theta - lr * ((m / c1) / (sqrt(v / c2) + eps) + decay * theta),  c1 = 1 - beta1^t, c2 = 1 - beta2^t, t from 1
+# (Loshchilov & Hutter, "Decoupled weight decay regularization", algorithm 2)
+# Elements lo..hi-1; segment s is offsets[s]..offsets[s+1]-1 and decays if decays[s].
+# hyper = [lr, beta1, beta2, eps, decay, t]
+cdef void adamw(float *theta, float *m, float *v, const float *g, const int64_t *offsets, const uint8_t *decays,
+                const double *hyper, int64_t S, int64_t lo, int64_t hi) noexcept nogil:
+    cdef int64_t s, i, start, end
+    cdef double t = hyper[5]
+    cdef V lr = vset(<float>hyper[0]), beta1 = vset(<float>hyper[1]), beta2 = vset(<float>hyper[2]), eps = vset(<float>hyper[3])
+    cdef V rest1 = vset(<float>(1.0 - hyper[1])), rest2 = vset(<float>(1.0 - hyper[2]))
+    cdef V unbias1 = vset(<float>(1.0 / (1.0 - power(hyper[1], <int64_t>t))))
+    cdef V unbias2 = vset(<float>(1.0 / (1.0 - power(hyper[2], <int64_t>t))))
+    cdef V decay, x, new_m, new_v, old, step
+    for s in range(S):
+        start = max(lo, offsets[s])
+        end = min(hi, offsets[s + 1])
+        decay = vset(<float>hyper[4] if decays[s] else <float>0.0)
+        for i in range(start, end, 16):
+            x = vload_n(g + i, end - i)
+            new_m = vfma(vload_n(m + i, end - i), beta1, vmul(x, rest1))
+            new_v = vfma(vload_n(v + i, end - i), beta2, vmul(vmul(x, x), rest2))
+            old = vload_n(theta + i, end - i)
+            step = vdiv(vmul(new_m, unbias1), vadd(vsqrt(vmul(new_v, unbias2)), eps))
+            vstore_n(m + i, new_m, end - i)
+            vstore_n(v + i, new_v, end - i)
+            vstore_n(theta + i, vfnma(lr, vfma(decay, old, step), old), end - i)
+
+
+cdef double power(double base, int64_t n) noexcept nogil:
+    """base^n by squaring."""
+    cdef double result = 1
+    while n > 0:
+        if n & 1:
+            result *= base
+        base *= base
+        n >>= 1
+    return result

@@ -1,0 +1,2 @@
+"""The kernels of the step for avx512. See kernels/all.pxi."""
+include "kernels/all.pxi"

@@ -1,0 +1,149 @@
+"""A plan: the operations of a pass in order, checked once, and the named sites between them.
+
+The same plan runs on the compiled kernels or on their NumPy twins. Nobody listening costs one branch a pass: the whole
+plan is one call. A listener at a site has the plan run up to there, the array shown to it, and the rest run on; the
+bits are the same because the operations are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minitrain._ext import engine, reference
+from minitrain._ext.signatures import SIGNATURES, SPLITS
+from minitrain.errors import MinitrainError
+
+
+class Listeners(Protocol):
+    """Who is called at sites; see minitrain.hooks."""
+
+    def __bool__(self) -> bool: ...
+    def hears(self, site: str) -> bool: ...
+    def fire(self, site: str, tensor: NDArray[Any]) -> None: ...
+
+
+def instruction_set() -> str:
+    """The best one of this processor, or what MINITRAIN_ISA forces. Raises MinitrainError where it cannot run here."""
+    able = engine.instruction_sets()
+    forced = os.environ.get("MINITRAIN_ISA")
+    if forced and forced not in able:
+        raise MinitrainError(f"MINITRAIN_ISA: expected one of {', '.join(able)} (what this processor runs), got {forced!r}; "
+                             "unset it to have the best one chosen")
+    return forced or str(able[0])
+
+
+class CompiledBackend:
+    """The compiled kernels of one instruction set, run by a pool of threads."""
+
+    name = "compiled"
+
+    def __init__(self, threads: int = 1) -> None:
+        self.isa = instruction_set()
+        self.pool = engine.Pool(threads)
+        self._address: dict[str, int] = importlib.import_module(f"minitrain._ext.kernels_{self.isa}").addresses()
+
+    def program(self) -> CompiledProgram:
+        return CompiledProgram(self.pool, self._address)
+
+
+class CompiledProgram:
+    def __init__(self, pool: engine.Pool, address: dict[str, int]) -> None:
+        self._program = engine.Program(pool)
+        self._address = address
+        self._alive: list[Any] = []  # the program holds addresses only
+        self.run = self._program.run
+
+    def append(self, name: str, arguments: tuple[Any, ...]) -> None:
+        signature = SIGNATURES[name]
+        sizes = signature.sizes(arguments)
+        arrays = arguments[: len(signature.arrays)]
+        self._alive.append(arrays)
+        self._program.append(
+            self._address[name],
+            [0 if a is None else a.ctypes.data for a in arrays],
+            list(sizes.values()),
+            list(arguments[len(signature.arrays) :]),
+            signature.units(sizes),
+            SPLITS.index(signature.split),
+            signature.scratch(sizes),
+        )
+
+
+class ReferenceBackend:
+    """The NumPy twins: the oracle of the tests, slow, with bits of their own."""
+
+    name = "reference"
+    isa = "numpy"
+
+    def __init__(self, dtype: type[np.floating[Any]] = np.float32) -> None:
+        self.dtype = np.dtype(dtype)
+
+    def program(self) -> ReferenceProgram:
+        return ReferenceProgram(self.dtype)
+
+
+class ReferenceProgram:
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self._dtype = dtype
+        self._calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+
+    def append(self, name: str, arguments: tuple[Any, ...]) -> None:
+        SIGNATURES[name].sizes(arguments, floats=self._dtype)
+        self._calls.append((getattr(reference, name), arguments))
+
+    def run(self, first: int, last: int) -> None:
+        with np.errstate(all="ignore"):  # NaN and Inf are evidence here, not accidents
+            for kernel, arguments in self._calls[first:last]:
+                kernel(*arguments)
+
+
+Backend = CompiledBackend | ReferenceBackend
+
+
+class Plan:
+    """Built once by `add` and `site`; `run` then repeats it on whatever the arrays hold."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._program = backend.program()
+        self._length = 0
+        self._sites: list[tuple[int, str, NDArray[Any]]] = []
+
+    def add(self, kernel: str, *arguments: Any) -> None:
+        """Append a kernel: arrays in the order of its signature, then numbers. Raises KernelArgumentError."""
+        self._program.append(kernel, arguments)
+        self._length += 1
+
+    def site(self, name: str, tensor: NDArray[Any]) -> None:
+        """Name this point of the pass: listeners are shown a read-only view of ``tensor``."""
+        view = tensor.view()
+        view.flags.writeable = False
+        self._sites.append((self._length, name, view))
+
+    @property
+    def sites(self) -> list[str]:
+        return [name for _, name, _ in self._sites]
+
+    def run(self, listeners: Listeners | None = None) -> None:
+        if not listeners:
+            self._program.run(0, self._length)
+            return
+        done = 0
+        for at, site, view in self._sites:
+            if listeners.hears(site):
+                self._program.run(done, at)
+                done = at
+                listeners.fire(site, view)
+        self._program.run(done, self._length)
+
+
+def call(backend: Backend, kernel: str, *arguments: Any) -> None:
+    """Run one kernel now."""
+    plan = Plan(backend)
+    plan.add(kernel, *arguments)
+    plan.run()

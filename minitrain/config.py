@@ -1,0 +1,355 @@
+"""The configuration of a run: five sections of a YAML file, each with a default, every key checked.
+
+`load_config` reads a file, lays ``section.key=value`` overrides over it and checks the result. Whatever is
+wrong is told at once, a line for each mistake: the key, what was expected, what came, and where it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from minitrain.errors import ConfigError, did_you_mean
+from minitrain.rng import SEED_LIMIT
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
+    from ruamel.yaml import YAML
+
+NOT_HASHED = ("training.threads", "training.log_every", "training.checkpoint_every")
+"""Keys outside the config hash, because no bit of a run depends on them: threads never touch the order of a
+sum, and the console and the checkpoints only look. Every other key may move a bit."""
+
+
+def _integer(low: int, high: int) -> Any:
+    return Field(ge=low, le=high, description=f"an integer from {low} to {high}")
+
+
+_INT32_MAX = 2**31 - 1  # the engine counts in 32 bits, and a step is one word of the random counter
+Count = Annotated[int, _integer(1, _INT32_MAX)]
+CountOrZero = Annotated[int, _integer(0, _INT32_MAX)]
+Seed = Annotated[int, _integer(0, SEED_LIMIT - 1)]
+Flag = Annotated[bool, Field(description="true or false")]
+FilePath = Annotated[str, Field(min_length=1, description="the path of a file")]
+NotNegative = Annotated[float, Field(ge=0, description="a finite number, 0 or more")]
+Positive = Annotated[float, Field(gt=0, description="a finite number above 0")]
+PositiveOrNull = Annotated[float | None, Field(gt=0, description="a finite number above 0, or null for none")]
+BelowOne = Annotated[float, Field(ge=0, lt=1, description="a number from 0 to below 1")]
+UpToOne = Annotated[float, Field(gt=0, le=1, description="a number above 0, up to 1")]
+
+
+class _Section(BaseModel):
+    """Frozen; "7" is not 7 and true is not 1, but 1 is 1.0. The schema is built at first use, not at import.
+
+    Raises pydantic's ValidationError, which `load_config` and `config_from` turn into a ConfigError.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+
+class ModelConfig(_Section):
+    """Sizes of the MiniGPT; lengths in tokens."""
+
+    n_layer: Count = 2
+    n_head: Count = 4
+    d_model: Count = 64
+    d_ff: Count = 256
+    vocab_size: Annotated[int, _integer(5, _INT32_MAX)] = 64  # four special tokens and something to say
+    max_seq_len: Count = 32
+    dropout: BelowOne = 0.0
+    tie_weights: Flag = True
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        pairs = 2 * self.n_head
+        if self.d_model % pairs:
+            raise PydanticCustomError(
+                "conflict",
+                "model.n_head {n_head} does not divide model.d_model {d_model} into heads of even width (the "
+                "rotary embedding turns pairs of columns); d_model {fits} would fit",
+                {"n_head": self.n_head, "d_model": self.d_model, "fits": -(-self.d_model // pairs) * pairs},
+            )
+        return self
+
+
+class OptimizerConfig(_Section):
+    """AdamW and its clips: `clip` bounds the global L2 norm, `clip_value` each element, before the norm."""
+
+    type: Literal["adamw"] = "adamw"
+    lr_max: NotNegative = 3e-4
+    lr_min: NotNegative = 3e-5
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.1
+    clip: PositiveOrNull = 1.0
+    clip_value: PositiveOrNull = None
+
+    @model_validator(mode="after")
+    def _rates_in_order(self) -> Self:
+        if self.lr_min > self.lr_max:
+            raise PydanticCustomError(
+                "conflict",
+                "optimizer.lr_min {lr_min} is above optimizer.lr_max {lr_max}; lower lr_min or raise lr_max",
+                {"lr_min": self.lr_min, "lr_max": self.lr_max},
+            )
+        return self
+
+
+class SchedulerConfig(_Section):
+    """The learning rate over the steps; `step_size` and `gamma` are read by type ``step`` only."""
+
+    type: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    warmup_steps: CountOrZero = 100
+    total_steps: Count = 2000
+    step_size: Count = 500
+    gamma: UpToOne = 0.5
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_steps > self.total_steps:
+            raise PydanticCustomError(
+                "conflict",
+                "scheduler.warmup_steps {warmup_steps} is more than scheduler.total_steps {total_steps}; "
+                "lower warmup_steps (0 is none) or raise total_steps",
+                {"warmup_steps": self.warmup_steps, "total_steps": self.total_steps},
+            )
+        return self
+
+
+class TrainingConfig(_Section):
+    """The loop: sentences in a step (`batch_size`), steps between looks (`*_every`), seeds and engine."""
+
+    batch_size: Count = 8
+    val_every: Count = 50
+    log_every: Count = 10
+    loss_reduction: Literal["token_mean"] = "token_mean"
+    rng_seed: Seed = 42
+    data_seed: Seed = 7
+    checkpoint_every: Count = 200
+    on_nonfinite: Literal["stop", "continue"] = "stop"
+    threads: Annotated[int, _integer(1, 64)] = 1
+    dtype: Literal["float32"] = "float32"
+    backend: Literal["compiled", "reference"] = "compiled"
+
+
+class DataConfig(_Section):
+    """Where the sentences are and how they are drawn."""
+
+    train_path: FilePath = "data/processed/train.jsonl"
+    val_path: FilePath = "data/processed/val.jsonl"
+    heldout_policy: Literal["verbs_4", "stratified"] = "verbs_4"
+    batching: Literal["shuffle", "stratified"] = "shuffle"
+
+    def named_paths(self) -> tuple[str, ...]:
+        """The paths that are the user's own: when missing they are an error, a default one is generated.
+
+        Judged by value, because a resolved config spells every default out and names nothing by that.
+        """
+        fields = type(self).model_fields
+        named = (key for key in ("train_path", "val_path") if getattr(self, key) != fields[key].default)
+        return tuple(getattr(self, key) for key in named)
+
+
+class Config(_Section):
+    """A checked configuration: ``Config()`` is the default run, `load_config` reads one from a file."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+
+
+_KEYS = {
+    name: cast(type[_Section], field.annotation).model_fields for name, field in Config.model_fields.items()
+}
+"""The fields of each section, by key."""
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, under the YAML file at ``path`` (if any), under ``section.key=value`` overrides.
+
+    An override's value is YAML too: ``optimizer.clip=null``, ``optimizer.lr_max=3e-4``; the last of two wins.
+    Raises ConfigError: one line if the file cannot be read as a mapping, else a line for every mistake.
+    """
+    tree, places = ({}, {}) if path is None else _read_file(path)
+    mistakes = []
+    for text in overrides:
+        try:
+            _override(text, tree, places)
+        except ConfigError as error:
+            mistakes.append(str(error))
+    return _checked(tree, places, mistakes)
+
+
+def config_from(tree: dict[str, Any], source: str) -> Config:
+    """A Config from nested mappings, such as a manifest's ``config``; ``source`` names them in the messages.
+
+    Raises ConfigError with a line for every mistake.
+    """
+    return _checked(tree, dict.fromkeys([*tree, *_flat(tree)], source), [])
+
+
+def to_yaml(config: Config) -> str:
+    """Every key as YAML, in the order of this file; `load_config` reads back an equal config."""
+    stream = io.StringIO()
+    _yaml().dump(config.model_dump(), stream)
+    return stream.getvalue()
+
+
+def config_hash(config: Config) -> str:
+    """sha256, in hex, of the keys that can move a bit (all but `NOT_HASHED`), as sorted JSON."""
+    moving = {key: value for key, value in _flat(config.model_dump()).items() if key not in NOT_HASHED}
+    return hashlib.sha256(json.dumps(moving, sort_keys=True).encode()).hexdigest()
+
+
+def differing_keys(a: Config, b: Config) -> list[str]:
+    """Lines such as ``training.batch_size: 8 -> 16``, one for each key whose value differs from a to b."""
+    before, after = _flat(a.model_dump()), _flat(b.model_dump())
+    return [
+        f"{key}: {json.dumps(before[key], ensure_ascii=False)} -> {json.dumps(after[key], ensure_ascii=False)}"
+        for key in before
+        if before[key] != after[key]
+    ]
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """{section: {key: value}} -> {"section.key": value}; what is not a section is left out."""
+    sections = {name: body for name, body in tree.items() if isinstance(body, Mapping)}
+    return {f"{name}.{key}": value for name, body in sections.items() for key, value in body.items()}
+
+
+# Reading: values by section and key, and beside them the places where they stand.
+
+_Tree = dict[str, Any]
+_Places = dict[str, str]
+
+
+def _yaml() -> YAML:
+    """YAML 1.2: 3e-4 is a number, a key that stands twice an error, and no tag builds an object."""
+    from ruamel.yaml import YAML  # not at import: a replay takes its config from the manifest's JSON
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return yaml
+
+
+def _read_file(path: Path) -> tuple[_Tree, _Places]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a readable YAML file, got: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        byte = f"the byte {error.object[error.start]:#04x} at offset {error.start}"
+        raise ConfigError(f"{path}: expected UTF-8 text, got {byte}") from error
+    tree = _parse(text, str(path))
+    if tree is None:
+        return {}, {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as 'model:' at the top level, got {_shown(tree)}")
+    # A section whose keys are all commented out reads as null: it is empty, not wrong.
+    sections = {name: {} if body is None else body for name, body in tree.items()}
+    return sections, _places(_yaml().compose(text), path)
+
+
+def _parse(text: str, source: str) -> Any:
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return _yaml().load(text)
+    except (YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ConfigError(f"{where}: expected YAML, got a syntax error: {problem}") from error
+
+
+def _places(root: Any, path: Path) -> _Places:
+    """``file:line`` of each section and key, from YAML nodes; a merged key has only its section's."""
+    places = {}
+    for section, body in root.value:
+        places[f"{section.value}"] = f"{path}:{section.start_mark.line + 1}"
+        for key, _ in body.value if body.id == "mapping" else ():
+            places[f"{section.value}.{key.value}"] = f"{path}:{key.start_mark.line + 1}"
+    return places
+
+
+def _override(text: str, tree: _Tree, places: _Places) -> None:
+    """Lay one ``section.key=value`` over the tree. Raises ConfigError if it has another form."""
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and key):
+        example = f"section.key=value, as in model.n_layer=4{_belongs(section)}"
+        raise ConfigError(f"--set {text}: expected {example}")
+    if not value.strip():
+        raise ConfigError(f"--set {text}: expected a value after '=' (null for none)")
+    parsed = _parse(value, f"--set {section}.{key}")
+    body = tree.get(section, {})
+    if isinstance(body, dict):  # else the section itself is the mistake, told with the others
+        tree[section] = body | {key: parsed}
+    places.setdefault(section, "--set")
+    places[f"{section}.{key}"] = "--set"
+
+
+# Checking: pydantic finds every mistake; the words are ours.
+
+
+def _checked(tree: _Tree, places: _Places, mistakes: list[str]) -> Config:
+    try:
+        # Every section is given, if only empty: its default would build the section's schema a second time.
+        config = Config.model_validate({name: {} for name in _KEYS} | tree)
+    except ValidationError as error:
+        mistakes = mistakes + [_explain(detail, places) for detail in error.errors(include_url=False)]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return config
+
+
+def _explain(error: ErrorDetails, places: _Places) -> str:
+    """One line about one mistake: the key, what was expected, what came, where."""
+    section, *rest = (str(part) for part in error["loc"])
+    if error["type"] == "conflict":
+        keys = [key for key in error["ctx"] if key in _KEYS[section]]
+        where = ", ".join(f"{key}: {places.get(f'{section}.{key}', 'default')}" for key in keys)
+        return f"{error['msg']} ({where})"
+    name = ".".join([section, *rest])
+    where = places.get(name) or places.get(section, "default")
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        unknown = _unknown("key", rest[0], _KEYS[section]) if rest else _unknown("section", section, _KEYS)
+        return f"{name}: {unknown} ({where})"
+    if not rest:
+        return f"{name}: expected a mapping of keys to values, got {_shown(error['input'])} ({where})"
+    return f"{name}: expected {_expected(_KEYS[section][rest[0]], error['input'])} ({where})"
+
+
+def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    hint = _belongs(name) or did_you_mean(name, known) or f"; known are {', '.join(known)}"
+    return f"unknown {kind}{hint}"
+
+
+def _belongs(key: str) -> str:
+    owners = [section for section, keys in _KEYS.items() if key in keys]
+    return f"; {key!r} belongs to {' and '.join(owners)}" if owners else ""
+
+
+def _expected(field: FieldInfo, value: object) -> str:
+    """``<what was expected>, got <what came>``; only a field of fixed choices has no description."""
+    choices = () if field.description else get_args(field.annotation)
+    near = did_you_mean(value, choices) if isinstance(value, str) else ""
+    return f"{field.description or ' or '.join(choices)}, got {_shown(value)}{near}"
+
+
+def _shown(value: object) -> str:
+    """A value as YAML spells it, cut short: what came may be a whole document."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
