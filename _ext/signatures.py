@@ -21,6 +21,9 @@ import numpy as np
 
 from minitrain.errors import KernelArgumentError
 
+NUMERICS_VERSION = 1
+"""Raised by every change that moves a bit of a run (CHANGELOG.md says which)."""
+
 SPLITS = ("none", "sequence", "columns", "blocks", "elements")
 PANEL_FLOATS = 256 * 32
 """Scratch of a matrix product: one packed panel (DEPTH * PANEL of include/tile.h, the larger of the two widths)."""

@@ -216,11 +216,8 @@ def config_hash(config: Config) -> str:
 def differing_keys(a: Config, b: Config) -> list[str]:
     """Lines such as ``training.batch_size: 8 -> 16``, one for each key whose value differs from a to b."""
     before, after = _flat(a.model_dump()), _flat(b.model_dump())
-    return [
-        f"{key}: {json.dumps(before[key], ensure_ascii=False)} -> {json.dumps(after[key], ensure_ascii=False)}"
-        for key in before
-        if before[key] != after[key]
-    ]
+    changed = [key for key in before if before[key] != after[key]]
+    return [f"{key}: {_spelt(before[key])} -> {_spelt(after[key])}" for key in changed]
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,7 +253,7 @@ def _read_file(path: Path) -> tuple[_Tree, _Places]:
     tree = _parse(text, str(path))
     if tree is None:
         return {}, {}
-    if not isinstance(tree, dict):
+    if type(tree) is not dict:  # !!omap is a list in the file, whatever it becomes
         raise ConfigError(f"{path}: expected sections such as 'model:' at the top level, got {_shown(tree)}")
     # A section whose keys are all commented out reads as null: it is empty, not wrong.
     sections = {name: {} if body is None else body for name, body in tree.items()}
@@ -268,7 +265,7 @@ def _parse(text: str, source: str) -> Any:
 
     try:
         return _yaml().load(text)
-    except (YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
+    except (YAMLError, RecursionError, ValueError, KeyError) as error:  # the last two: 2001-99-99, !!bool x
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
@@ -352,4 +349,8 @@ def _expected(field: FieldInfo, value: object) -> str:
 
 def _shown(value: object) -> str:
     """A value as YAML spells it, cut short: what came may be a whole document."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
+    return _spelt(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
+
+
+def _spelt(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

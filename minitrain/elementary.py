@@ -5,7 +5,7 @@ differs in its last bit makes another run. These are the same everywhere: the ar
 interval, then a Taylor series is summed, whose coefficients are rational numbers rounded once. NaN and
 infinities come out as IEEE 754 says, without exceptions. From `math` comes only what is exact.
 
-Largest errors seen against 60-digit arithmetic: exp 0.9, log 0.9, sin and cos 1.4 ulp.
+Largest errors seen, for 150,000 arguments each: exp 0.94, log 0.85, sin and cos 1.42 ulp.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def _proc_value(file: str, name: str) -> str | None:
 def git_state(folder: Path) -> dict[str, str | bool | None]:
     """``sha`` of HEAD, and ``dirty``: a tracked file differs from it (as in git describe --dirty).
 
-    Both are None without git, without a repository, before its first commit, or when git takes over 5 seconds.
+    Both are None without git, without a repository, before its first commit, or when git takes too long.
     """
     sha = _git(folder, "rev-parse", "--verify", "HEAD")
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no") if sha else None
@@ -82,7 +82,7 @@ def git_state(folder: Path) -> dict[str, str | bool | None]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    # Without the optional locks, status writes nothing and cannot be in the way of the user's own git.
+    # Without the optional locks, status writes nothing and is never in the way of the user's own git.
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_GIT_SECONDS, stdin=subprocess.DEVNULL)
@@ -93,7 +93,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def peak_rss_mb() -> float | None:
     """The most memory this process has held so far, in megabytes (10**6 bytes)."""
-    # Linux by /proc: its getrusage counts, in a child, the peak of the process that launched it.
+    # Linux by /proc, because its getrusage starts a child at the peak of the process that launched it.
     high_water = _proc_value("/proc/self/status", "VmHWM")
     if high_water and high_water.endswith(" kB"):
         return int(high_water.removesuffix(" kB")) * 1024 / 1e6

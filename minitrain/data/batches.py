@@ -1,7 +1,7 @@
-"""From samples to batches of fixed shape. Which rows a step reads is a pure function of the seed and the step.
+"""From samples to batches of one shape. Which rows a step reads is a pure function of seed and step.
 
-Training visits the samples of one epoch after the other, each epoch in an order of its own, every sample once.
-There is no position to save: step t reads samples t*B to t*B + B - 1 of that endless line.
+Training visits every sample once an epoch, each epoch in an order of its own. There is no position to save:
+step t reads the samples t*B to t*B + B - 1 of that endless line.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Dataset:
     @cached_property
     def attn_pad_mask(self) -> Mask:
         """(n, T): True where a real token is read."""
-        return self.inputs != PAD
+        return np.not_equal(self.inputs, PAD)
 
     @cached_property
     def loss_mask(self) -> Mask:
         """(n, T): True where the target is a real token. ``<eos>`` is one."""
-        return self.targets != PAD
+        return np.not_equal(self.targets, PAD)
 
     @property
     def strata(self) -> list[str] | None:
@@ -69,10 +69,12 @@ class Dataset:
         """(n, T): True where the target shares a character with the conjugated form; None for own text."""
         if self.labels is None:
             return None
-        width = np.array([len(piece) for piece in tokenizer.pieces])[self.targets]
+        width = np.array([len(piece) for piece in tokenizer.pieces])[self.targets]  # specials are 0 wide
         end = np.cumsum(width, axis=1)
-        span = np.array([row.verb_span for row in self.labels])
-        return (end - width < span[:, 1:]) & (end > span[:, :1]) & (width > 0)
+        start = end - width
+        first, last = np.array([row.verb_span for row in self.labels]).T[..., np.newaxis]
+        mask: Mask = (start < last) & (end > first) & (width > 0)
+        return mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,27 +103,21 @@ class Batch:
 class TrainBatches:
     """The training batches of a run, any of them at once: ``batch_at(step)``.
 
-    ``shuffle`` orders each epoch at random. ``stratified`` spreads each verb and tense evenly over the epoch, so
-    that every batch has nearly the mix of the whole.
+    ``shuffle`` orders each epoch at random. ``stratified`` spreads each verb and tense evenly over the epoch,
+    so that batches have nearly the mix of the whole.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, data_seed: int, batching: str = "shuffle") -> None:
-        """Raises DataError for an unknown ``batching``, and for ``stratified`` over samples without labels."""
+        """Raises DataError for an unknown ``batching``, and for ``stratified`` without labels."""
         if batching not in BATCHINGS:
             raise DataError(
                 f"data.batching: expected one of {', '.join(BATCHINGS)}, got {batching!r}"
                 f"{did_you_mean(batching, BATCHINGS)}"
             )
-        strata = dataset.strata
-        if batching == "stratified" and strata is None:
-            raise DataError(
-                "data.batching: stratified needs labelled rows, got own text without verb and tense; "
-                "set data.batching: shuffle"
-            )
+        self._strata = _stratum_numbers(dataset) if batching == "stratified" else None
         self.dataset = dataset
         self.batch_size = batch_size
         self._stream = Stream(data_seed, Purpose.SHUFFLE)
-        self._strata = np.unique(strata, return_inverse=True)[1] if batching == "stratified" else None
         self._order = lru_cache(maxsize=4)(self._epoch_order)
 
     def position(self, step: int) -> dict[str, int]:
@@ -158,7 +154,7 @@ class EvalBatches:
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.batch_size)
+        return (len(self.dataset) + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         """The last batch is filled up with copies of the last sample that no loss counts.
@@ -183,6 +179,15 @@ def _take(dataset: Dataset, rows: Rows) -> Batch:
         rows=rows,
         dataset_ids=dataset.ids,
     )
+
+
+def _stratum_numbers(dataset: Dataset) -> Rows:
+    if dataset.strata is None:
+        raise DataError(
+            "data.batching: stratified needs labelled rows, got own text without verb and tense; "
+            "set data.batching: shuffle"
+        )
+    return np.unique(dataset.strata, return_inverse=True)[1].astype(np.int64)
 
 
 def _spread(order: Rows, strata: Rows) -> Rows:

@@ -35,9 +35,9 @@ def manifest_hash(manifest: Mapping[str, Any]) -> str:
 def data_hash(train_path: Path, val_path: Path | None, expected: Mapping[str, Any]) -> str:
     """The hash of a run's data, after its files were held against the manifest beside them.
 
-    For generated data it is the manifest's ``data_manifest_hash``; for any other, sha256 over the files' sha256.
-    ``expected`` are the entries of ``generator`` that the run counts on. Raises DataError where a file or an
-    entry is not what the manifest says.
+    For generated data it is the manifest's ``data_manifest_hash``, for any other sha256 over the files'
+    sha256. ``expected`` are the entries of ``generator`` that the run counts on. Raises DataError where a
+    file is not what the manifest says, or the manifest not what the run expects.
     """
     paths = [train_path] if val_path is None else [train_path, val_path]
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
@@ -45,8 +45,8 @@ def data_hash(train_path: Path, val_path: Path | None, expected: Mapping[str, An
     for path, found, manifest in zip(paths, hashes, manifests, strict=True):
         if manifest is not None and manifest["files"][path.name] != found:
             raise DataError(
-                f"{path}: expected sha256 {manifest['files'][path.name]} as in {MANIFEST_NAME} beside it, got "
-                f"{found}; delete the file to generate it anew, or {MANIFEST_NAME} if you changed it on purpose"
+                f"{path}: expected sha256 {manifest['files'][path.name]}, as {MANIFEST_NAME} beside it says, "
+                f"got {found}; delete the file to generate it anew, or {MANIFEST_NAME} if the change is meant"
             )
     manifest = manifests[0]
     if manifest is None or val_path is None or manifest != manifests[1]:
@@ -74,7 +74,7 @@ def _manifest_of(path: Path) -> dict[str, Any] | None:
         listed = whole = False
     if not whole:
         raise DataError(
-            f"{beside}: expected the manifest that was written with the data, got one that is damaged or edited "
-            "(its data_manifest_hash does not fit); delete it to use the files as they are"
+            f"{beside}: expected the manifest that was written with the data, got one that is damaged or "
+            "edited (its data_manifest_hash does not fit); delete it to use the files as they are"
         )
     return manifest if listed else None

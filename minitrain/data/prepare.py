@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,14 @@ from minitrain.data.tokenizer import PAD, Tokenizer
 from minitrain.errors import DataError
 
 Samples = Sequence[Row] | Sequence[Text]
-Window = tuple[str, list[int]]
+
+
+class Window(NamedTuple):
+    """A sample, or a piece of one, that fits the context."""
+
+    id: str
+    text: str
+    tokens: list[int]
 
 
 @dataclass(frozen=True)
@@ -63,14 +71,16 @@ def prepare(
     tokenizer = Tokenizer.train((sample.text for sample in train), vocab_size)
     train_windows = list(_windows(train_path, train, tokenizer, max_seq_len + 1))
     val_windows = list(_windows(val_path or train_path, val, tokenizer, max_seq_len + 1))
-    train_set = _dataset(train, train_windows, tokenizer, max_seq_len + 1)
-    val_set = _dataset(val, val_windows, tokenizer, max_seq_len + 1)
+    train_set = _dataset(train, train_windows, max_seq_len + 1)
+    val_set = _dataset(val, val_windows, max_seq_len + 1)
     return Prepared(
         train=train_set,
         val=val_set,
         tokenizer=tokenizer,
         baseline=baseline(
-            [tokens for _, tokens in train_windows], [tokens for _, tokens in val_windows], tokenizer.size
+            [window.tokens for window in train_windows],
+            [window.tokens for window in val_windows],
+            tokenizer.size,
         ),
         manifest_hash=manifest_hash,
         labelled=train_set.labels is not None and val_set.labels is not None,
@@ -109,34 +119,35 @@ def _own(samples: Samples) -> list[Text] | None:
 
 
 def _windows(path: Path, samples: Samples, tokenizer: Tokenizer, most: int) -> Iterator[Window]:
-    """Id and tokens of every sequence, at most ``most`` tokens long.
+    """The samples as sequences of at most ``most`` tokens.
 
-    Long pieces of plain text are cut; each window starts with the last token of the one before, so that every
-    token is a target once. A JSONL row that is too long is refused: it is one sentence, and stays whole.
+    Long pieces of plain text are cut; each window starts with the last token of the one before, so that
+    every token is a target once. A JSONL row that is too long is refused: it was written as one sample.
     """
     for sample in samples:
         tokens = tokenizer.sequence(sample.text)
         if len(tokens) <= most:
-            yield sample.id, tokens
+            yield Window(sample.id, sample.text, tokens)
         elif is_plain_text(path):
-            for start in range(0, len(tokens) - 1, most - 1):
-                yield f"{sample.id}/{start // (most - 1)}", tokens[start : start + most]
+            for number, start in enumerate(range(0, len(tokens) - 1, most - 1)):
+                piece = tokens[start : start + most]
+                yield Window(f"{sample.id}/{number}", tokenizer.decode(piece), piece)
         else:
             raise DataError(
-                f"{path}, row {sample.id!r}, field text: expected at most {most} tokens with <bos> and <eos>, "
-                f"got {len(tokens)}; raise model.max_seq_len to {len(tokens) - 1}, raise model.vocab_size, "
-                "or shorten the row"
+                f"{path}, row {sample.id!r}, field text: expected at most {most} tokens with <bos> and "
+                f"<eos>, got {len(tokens)}; raise model.max_seq_len to {len(tokens) - 1}, "
+                "raise model.vocab_size, or shorten the row"
             )
 
 
-def _dataset(samples: Samples, windows: Sequence[Window], tokenizer: Tokenizer, width: int) -> Dataset:
+def _dataset(samples: Samples, windows: Sequence[Window], width: int) -> Dataset:
     tokens = np.full((len(windows), width), PAD, np.int32)
-    for row, (_, window) in zip(tokens, windows, strict=True):
-        row[: len(window)] = window
+    for row, window in zip(tokens, windows, strict=True):
+        row[: len(window.tokens)] = window.tokens
     labels = _labelled(samples)
     return Dataset(
         tokens=tokens,
-        ids=tuple(id for id, _ in windows),
-        texts=tuple(tokenizer.decode(window) for _, window in windows),
+        ids=tuple(window.id for window in windows),
+        texts=tuple(window.text for window in windows),
         labels=None if labels is None else tuple(labels),
     )

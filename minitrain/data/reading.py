@@ -136,7 +136,7 @@ def _content(path: Path) -> str:
             "save the file as UTF-8"
         ) from None
     if not text.strip():
-        raise DataError(f"{path}: expected at least one line of data, got an empty file; fill it or name another")
+        raise DataError(f"{path}: expected at least one line of data, got an empty file; name another file")
     return text
 
 

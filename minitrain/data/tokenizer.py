@@ -52,8 +52,8 @@ class Tokenizer:
         """
         if vocab_size < SMALLEST_VOCABULARY:
             raise DataError(
-                f"model.vocab_size: expected at least {SMALLEST_VOCABULARY} ({len(SPECIALS)} specials and one "
-                f"character), got {vocab_size}; raise model.vocab_size"
+                f"model.vocab_size: expected at least {SMALLEST_VOCABULARY}, for {len(SPECIALS)} specials "
+                f"and one character, got {vocab_size}; raise model.vocab_size"
             )
         words = Counter(word for text in texts for word in _WORD.findall(text))
         counts: Counter[str] = Counter()

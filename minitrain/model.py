@@ -1,0 +1,331 @@
+"""MiniGPT: a pre-LN decoder-only transformer, written as the list of kernels that a pass runs.
+
+z = x + Attn(LN(x)); y = z + FFN(LN(z)); a final LN; the head tied to the embedding. Rotary positions on queries and
+keys, GELU in the tanh form, cross entropy as the mean over the tokens in the loss mask.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minitrain import elementary
+from minitrain._ext import engine
+from minitrain._ext.plan import Backend, CompiledBackend, Plan, ReferenceBackend
+from minitrain.config import ModelConfig
+from minitrain.errors import DataError, KernelArgumentError
+from minitrain.hooks import Hooks
+from minitrain.rng import Purpose
+from minitrain.tensors import Tensors, activation_table, gradient_table, parameter_table
+
+LAYERNORM_EPS = 1e-5
+ROPE_BASE = 10000.0
+INIT_STD = 0.02
+
+Array = NDArray[Any]
+
+
+def make_backend(name: str, threads: int = 1) -> Backend:
+    """``compiled`` or ``reference`` (the NumPy twins, one thread)."""
+    return CompiledBackend(threads) if name == "compiled" else ReferenceBackend()
+
+
+def initialise(params: Tensors, n_layer: int, seed: int) -> None:
+    """Normal weights of std 0.02 (residual projections times 1/sqrt(2 n_layer)), zero biases, unit gains, in place."""
+    std = {"normal": INIT_STD, "residual": INIT_STD / math.sqrt(2 * n_layer)}
+    for i, parameter in enumerate(params.table):
+        tensor = params[parameter.name]
+        if parameter.init in std:
+            engine.normal(tensor.reshape(-1), std[parameter.init], seed, Purpose.INIT, 0, i)
+        else:
+            tensor[...] = 1 if parameter.init == "ones" else 0
+
+
+def rope_tables(T: int, C: int, H: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosines and signed sines (T, C) of position * base^(-2i/D) for the pair i of each head; computed in double."""
+    D = C // H
+    cosine, sine = np.empty((T, D)), np.empty((T, D))
+    for i in range(D // 2):
+        frequency = elementary.exp(-2 * i / D * elementary.log(ROPE_BASE))
+        for t in range(T):
+            cosine[t, 2 * i : 2 * i + 2] = elementary.cos(t * frequency)
+            sine[t, 2 * i + 1] = elementary.sin(t * frequency)
+            sine[t, 2 * i] = -sine[t, 2 * i + 1]
+    return np.tile(cosine, H).astype(np.float32), np.tile(sine, H).astype(np.float32)
+
+
+class Passes:
+    """The memory and the plans of one batch shape: forward (training and evaluation) and backward."""
+
+    def __init__(self, c: ModelConfig, backend: Backend, params: Tensors, grads: Tensors, key: Array, B: int, T: int) -> None:
+        self.tokens, self.targets = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+        self.attn_pad_mask, self.loss_mask = np.ones((B, T), np.uint8), np.ones((B, T), np.uint8)
+        self.loss = np.zeros(3)  # mean, sum, number of tokens
+        table = activation_table(c, B, T) + gradient_table(c, B, T)
+        self.arrays: dict[str, Array] = {a.name: np.zeros(a.shape, np.float32) for a in table}
+        self._c, self._key, self._shape = c, key, (B, T)
+        self._params, self._grads = params, grads
+        self._rope = rope_tables(T, c.d_model, c.n_head)
+        self.evaluation = self._forward(Plan(backend), rate=0.0)
+        self.training = self._forward(Plan(backend), rate=c.dropout) if c.dropout else self.evaluation
+        self.backward = self._backward(Plan(backend), rate=c.dropout)
+
+    def _block_input(self, i: int) -> str:
+        return f"block.{i - 1}.out" if i else "embed"
+
+    @property
+    def _head(self) -> str:
+        return "embed.weight" if self._c.tie_weights else "lm_head.weight"
+
+    def _forward(self, plan: Plan, rate: float) -> Plan:
+        c, a, p = self._c, self.arrays, self._params
+        add, site = plan.add, lambda name: plan.site(name, a[name])
+
+        def norm(y: str, x: str) -> None:
+            add("layernorm_forward", a[y], a[f"{y}.mean"], a[f"{y}.rstd"], a[x], p[f"{y}.weight"], p[f"{y}.bias"], LAYERNORM_EPS)
+            site(y)
+
+        def drop(x: str, number: int) -> None:
+            if rate:
+                add("dropout", a[x], a[x], self._key, number, rate)
+            site(x)
+
+        add("embedding_forward", a["embed"], self.tokens, p["embed.weight"])
+        drop("embed", 0)
+        for i in range(c.n_layer):
+            b, x = f"block.{i}", self._block_input(i)
+            norm(f"{b}.ln1", x)
+            for n in "qkv":
+                add("linear_forward", a[f"{b}.{n}"], a[f"{b}.ln1"], p[f"{b}.attn.{n}.weight"], None)
+                if n != "v":
+                    add("rope", a[f"{b}.{n}"], *self._rope, 1)
+                site(f"{b}.{n}")
+            heads, probs = a[f"{b}.attn.heads"], a[f"{b}.attn.probs"]
+            add("attention_forward", heads, probs, a[f"{b}.q"], a[f"{b}.k"], a[f"{b}.v"], self.attn_pad_mask)
+            site(f"{b}.attn.probs")
+            add("linear_forward", a[f"{b}.attn.out"], heads, p[f"{b}.attn.out.weight"], None)
+            drop(f"{b}.attn.out", 2 * i + 1)
+            add("residual_forward", a[f"{b}.mid"], a[x], a[f"{b}.attn.out"])
+            norm(f"{b}.ln2", f"{b}.mid")
+            add("linear_forward", a[f"{b}.ffn.pre"], a[f"{b}.ln2"], p[f"{b}.ffn.up.weight"], p[f"{b}.ffn.up.bias"])
+            site(f"{b}.ffn.pre")
+            add("gelu_forward", a[f"{b}.ffn.gelu"], a[f"{b}.ffn.slope"], a[f"{b}.ffn.pre"])
+            site(f"{b}.ffn.gelu")
+            add("linear_forward", a[f"{b}.ffn.out"], a[f"{b}.ffn.gelu"], p[f"{b}.ffn.down.weight"], p[f"{b}.ffn.down.bias"])
+            drop(f"{b}.ffn.out", 2 * i + 2)
+            add("residual_forward", a[f"{b}.out"], a[f"{b}.mid"], a[f"{b}.ffn.out"])
+        norm("ln_f", self._block_input(c.n_layer))
+        add("linear_forward", a["logits"], a["ln_f"], p[self._head], p["lm_head.bias"])
+        site("logits")
+        add("cross_entropy_forward", a["losses"], a["softmax"], a["log_softmax"], a["logits"], self.targets, self.loss_mask)
+        site("softmax")
+        site("log_softmax")
+        add("mean_loss", self.loss, a["losses"], self.loss_mask)
+        plan.site("loss", self.loss[:1])
+        return plan
+
+    def _backward(self, plan: Plan, rate: float) -> Plan:
+        """The forward list upside down.
+
+        A parameter's gradient is a sum over all sequences, so it is queued until they have all been through the block;
+        then the block's parameters follow in the order of the table.
+        """
+        c, a, p = self._c, self.arrays, self._params
+        add, queue = plan.add, _Queue(plan, self._grads)
+
+        def site(name: str, tensor: str | None = None) -> None:
+            plan.site(f"grad:{name}", a[f"grad:{tensor or name}"])
+
+        def linear(weight: str, bias: str | None, dy: str, x: str) -> None:
+            if bias:
+                partial = self._partial(bias)
+                add("bias_backward", partial, a[dy])
+                queue.put(bias, "sum_sequences", partial)
+            queue.put(weight, "linear_backward_weight", a[dy], a[x])
+
+        def norm(y: str, x: str, dx: str, dresidual: str | None) -> None:
+            dgamma, dbeta = self._partial(f"{y}.weight"), self._partial(f"{y}.bias")
+            residual = a[dresidual] if dresidual else None
+            statistics = a[f"{y}.mean"], a[f"{y}.rstd"]
+            add("layernorm_backward", a[dx], dgamma, dbeta, a[f"grad:{y}"], residual, a[x], *statistics, p[f"{y}.weight"])
+            queue.put(f"{y}.weight", "sum_sequences", dgamma)
+            queue.put(f"{y}.bias", "sum_sequences", dbeta)
+
+        def undrop(dy: str, kept: str, number: int) -> str:
+            """The gradient before the dropout mask: dy itself where nothing is dropped."""
+            if not rate:
+                return dy
+            add("dropout", a[kept], a[dy], self._key, number, rate)
+            return kept
+
+        last = self._block_input(c.n_layer)
+        add("cross_entropy_backward", a["grad:logits"], a["softmax"], self.targets, self.loss_mask, self.loss)
+        site("logits")
+        add("linear_backward_input", a["grad:ln_f"], a["grad:logits"], p[self._head], 0)
+        site("ln_f")
+        norm("ln_f", last, f"grad:{last}", None)
+        linear(self._head, "lm_head.bias", "grad:logits", "ln_f")
+        top, queue = queue, _Queue(plan, self._grads)
+        for i in reversed(range(c.n_layer)):
+            b, x = f"block.{i}", self._block_input(i)
+            dout, dmid = f"grad:{b}.out", f"grad:{b}.mid"
+            site(f"{b}.ffn.out", f"{b}.out")
+            dy = undrop(dout, f"grad:{b}.ffn.kept", 2 * i + 2)
+            linear(f"{b}.ffn.down.weight", f"{b}.ffn.down.bias", dy, f"{b}.ffn.gelu")
+            add("linear_backward_input", a[f"grad:{b}.ffn.gelu"], a[dy], p[f"{b}.ffn.down.weight"], 0)
+            site(f"{b}.ffn.gelu")
+            add("gelu_backward", a[f"grad:{b}.ffn.pre"], a[f"grad:{b}.ffn.gelu"], a[f"{b}.ffn.slope"])
+            site(f"{b}.ffn.pre")
+            linear(f"{b}.ffn.up.weight", f"{b}.ffn.up.bias", f"grad:{b}.ffn.pre", f"{b}.ln2")
+            add("linear_backward_input", a[f"grad:{b}.ln2"], a[f"grad:{b}.ffn.pre"], p[f"{b}.ffn.up.weight"], 0)
+            site(f"{b}.ln2")
+            norm(f"{b}.ln2", f"{b}.mid", dmid, dout)
+            site(f"{b}.attn.out", f"{b}.mid")
+            dy = undrop(dmid, f"grad:{b}.attn.kept", 2 * i + 1)
+            linear(f"{b}.attn.out.weight", None, dy, f"{b}.attn.heads")
+            add("linear_backward_input", a[f"grad:{b}.attn.heads"], a[dy], p[f"{b}.attn.out.weight"], 0)
+            dq, dk, dv = (a[f"grad:{b}.{n}"] for n in "qkv")
+            q, k, v, probs = (a[f"{b}.{n}"] for n in ("q", "k", "v", "attn.probs"))
+            add("attention_backward", dq, dk, dv, a[f"grad:{b}.attn.probs"], a[f"grad:{b}.attn.heads"], probs, q, k, v)
+            for n in ("attn.probs", "v", "k", "q"):
+                site(f"{b}.{n}")
+            add("rope", dk, *self._rope, -1)
+            add("rope", dq, *self._rope, -1)
+            for n in "qkv":
+                linear(f"{b}.attn.{n}.weight", None, f"grad:{b}.{n}", f"{b}.ln1")
+                weight = p[f"{b}.attn.{n}.weight"]
+                add("linear_backward_input", a[f"grad:{b}.ln1"], a[f"grad:{b}.{n}"], weight, int(n != "q"))
+            site(f"{b}.ln1")
+            norm(f"{b}.ln1", x, f"grad:{x}", dmid)
+            queue.add_all()
+        site("embed")
+        dembed = undrop("grad:embed", "grad:embed.kept", 0)
+        top.put("embed.weight", "embedding_backward", self.tokens, a[dembed], int(c.tie_weights))
+        top.add_all()
+        return plan
+
+    def _partial(self, name: str) -> Array:
+        """Sums of a bias or a gain, one row a sequence."""
+        return np.zeros((self._shape[0], *self._params[name].shape), np.float32)
+
+
+class _Queue:
+    """Gradients of parameters that wait until every sequence has been through a block."""
+
+    def __init__(self, plan: Plan, grads: Tensors) -> None:
+        self._plan, self._grads = plan, grads
+        self._waiting: dict[str, list[tuple[str, tuple[Any, ...]]]] = {}
+
+    def put(self, parameter: str, kernel: str, *arguments: Any) -> None:
+        self._waiting.setdefault(parameter, []).append((kernel, arguments))
+
+    def add_all(self) -> None:
+        """In the order of the table; the embedding comes last, because the input gradient does."""
+        names = [name for name in self._grads if name in self._waiting]
+        for name in sorted(names, key=lambda n: n == "embed.weight"):
+            for kernel, arguments in self._waiting[name]:
+                self._plan.add(kernel, self._grads[name], *arguments)
+            self._plan.site(f"grad.{name}", self._grads[name])
+        self._waiting.clear()
+
+
+class MiniGPT:
+    """The model for those who write their own loop.
+
+    >>> model = MiniGPT(ModelConfig(), seed=42)
+    >>> logits, loss = model.forward(inputs, targets, attn_pad_mask, loss_mask)
+    >>> grads = model.backward()
+
+    ``params`` and the returned gradients are :class:`~minitrain.tensors.Tensors`: named float32 views of one flat
+    buffer. A pass allocates its memory the first time it sees a batch shape (B, T), T <= max_seq_len, and never again.
+    """
+
+    def __init__(
+        self, config: ModelConfig | None = None, *, seed: int = 42, threads: int = 1, backend: Backend | None = None
+    ) -> None:
+        self.config = config or ModelConfig()
+        self.backend = backend or CompiledBackend(threads)
+        self.params = Tensors(parameter_table(self.config))
+        self.grads = self.params.like()
+        self.hooks = Hooks()
+        self.seed = seed
+        self.step = 0
+        self._key = np.array([seed, Purpose.DROPOUT, 0], np.uint32)
+        self._passes: dict[tuple[int, int], Passes] = {}
+        self._last: Passes | None = None
+        initialise(self.params, self.config.n_layer, seed)
+
+    def reseed(self, seed: int) -> None:
+        """Draw dropout from this seed from now on."""
+        self.seed = seed
+        self._key[0] = seed
+
+    @property
+    def loss_sum(self) -> tuple[float, int]:
+        """Sum of the losses of the last forward pass and the number of tokens they are of."""
+        if self._last is None:
+            raise RuntimeError("loss_sum needs a forward() before it")
+        return float(self._last.loss[1]), int(self._last.loss[2])
+
+    def passes(self, B: int, T: int) -> Passes:
+        """The memory and plans for this batch shape, made at first use. Raises DataError if T is over the context."""
+        if T > self.config.max_seq_len:
+            raise DataError(f"batch: expected at most model.max_seq_len = {self.config.max_seq_len} positions, got {T}")
+        if (B, T) not in self._passes:
+            self._passes[B, T] = Passes(self.config, self.backend, self.params, self.grads, self._key, B, T)
+        return self._passes[B, T]
+
+    def forward(
+        self,
+        input: NDArray[np.int32],
+        target: NDArray[np.int32],
+        attn_pad_mask: NDArray[np.bool_],
+        loss_mask: NDArray[np.bool_],
+        *,
+        training: bool = True,
+    ) -> tuple[NDArray[np.float32], float]:
+        """Logits (B, T, V), a view that the next pass overwrites, and the mean loss over the tokens in ``loss_mask``.
+
+        ``input`` and ``target`` are (B, T) int32 token ids, C-contiguous; the masks (B, T) bool: True where the input is a real
+        token, and where the target counts. ``training`` applies dropout, drawn for ``self.step``. The loss of an empty
+        mask is NaN. Raises KernelArgumentError and DataError.
+        """
+        self._check("input", input, np.int32, None)
+        for name, array, dtype in (("target", target, np.int32), ("attn_pad_mask", attn_pad_mask, np.bool_), ("loss_mask", loss_mask, np.bool_)):
+            self._check(name, array, dtype, input.shape)
+        work = self._last = self.passes(*input.shape)
+        for name, array, mine in (("input", input, work.tokens), ("target", target, work.targets)):
+            bad = engine.load_tokens(mine, array, self.config.vocab_size)
+            if bad >= 0:
+                raise DataError(f"{name}: expected token ids 0 to {self.config.vocab_size - 1}, got {array.flat[bad]} "
+                                f"at {tuple(int(i) for i in np.unravel_index(bad, array.shape))}")
+        np.copyto(work.attn_pad_mask, attn_pad_mask.view(np.uint8))
+        np.copyto(work.loss_mask, loss_mask.view(np.uint8))
+        self._key[2] = self.step
+        (work.training if training else work.evaluation).run(self.hooks if training else None)
+        return work.arrays["logits"], float(work.loss[0])
+
+    def backward(self) -> Tensors:
+        """Gradients of the last training forward pass, in a buffer that the next backward pass overwrites."""
+        if self._last is None:
+            raise RuntimeError("backward() needs a forward() before it")
+        self._last.backward.run(self.hooks)
+        return self.grads
+
+    @staticmethod
+    def _check(name: str, array: Array, dtype: type[Any], shape: tuple[int, ...] | None) -> None:
+        """The border of the model: same rules as the kernels'."""
+        def refuse(expected: object, got: object) -> None:
+            raise KernelArgumentError(f"forward: argument {name}: expected {expected}, got {got}")
+
+        if not isinstance(array, np.ndarray):
+            refuse(f"a NumPy array of {np.dtype(dtype)}", type(array).__name__)
+        if array.dtype != dtype:
+            refuse(f"dtype {np.dtype(dtype)}", f"dtype {array.dtype}")
+        if array.ndim != 2 or 0 in array.shape or (shape is not None and array.shape != shape):
+            refuse(f"shape {shape or '(B, T)'}", f"shape {array.shape}")
+        if not array.flags.c_contiguous:
+            refuse("a C-contiguous array", f"strides {array.strides} for shape {array.shape}")

@@ -1,0 +1,124 @@
+"""Global norm, clipping and AdamW over the flat buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minitrain._ext.plan import Backend, CompiledBackend, Plan
+from minitrain.config import OptimizerConfig
+from minitrain.hooks import Hooks
+from minitrain.tensors import Tensors
+
+NORM_BLOCK = 4096
+"""Elements whose squares are summed in float32 lanes; the blocks' sums are added in double (square_sums, norm)."""
+
+
+class Norms(NamedTuple):
+    """The global L2 norm of the gradients before and after clipping."""
+
+    before: float
+    after: float
+
+
+class _NormPlan:
+    """sqrt(sum of squares) of one flat buffer."""
+
+    def __init__(self, backend: Backend, flat: NDArray[np.float32]) -> None:
+        self._sums = np.zeros(-(-len(flat) // NORM_BLOCK))
+        self._result = np.zeros(1)
+        self._plan = Plan(backend)
+        self._plan.add("square_sums", self._sums, flat)
+        self._plan.add("norm", self._result, self._sums)
+
+    def __call__(self) -> float:
+        self._plan.run()
+        return float(self._result[0])
+
+
+def global_grad_norm(grads: Mapping[str, NDArray[np.float32]]) -> float:
+    """L2 norm over all gradients, as the run computes it: NaN or Inf if any element is."""
+    flat = grads.flat if isinstance(grads, Tensors) else np.concatenate([g.ravel() for g in grads.values()])
+    return _NormPlan(CompiledBackend(), np.ascontiguousarray(flat, np.float32))()
+
+
+class AdamW:
+    """AdamW with decoupled weight decay, after element-wise and global-norm clipping.
+
+    ``m`` and ``v`` are Tensors with the parameters' names; they exist from the first step (or `bind`) on. ``lr`` is the rate
+    of the next update, ``updates`` the number done. ``step(params, grads)`` clips and updates in place; ``norms`` then holds
+    the gradient norm before and after clipping.
+    """
+
+    def __init__(self, config: OptimizerConfig | None = None, *, lr: float | None = None, backend: Backend | None = None) -> None:
+        self.config = config or OptimizerConfig()
+        self.lr = self.config.lr_max if lr is None else lr
+        self.backend = backend or CompiledBackend()
+        self.hooks = Hooks()
+        self.updates = 0
+        self.norms = Norms(0.0, 0.0)
+        self.m: Tensors | None = None
+        self.v: Tensors | None = None
+        self._bound: tuple[Tensors, Tensors] | None = None
+
+    def bind(self, params: Tensors, grads: Tensors) -> tuple[Tensors, Tensors]:
+        """Prepare for these buffers and return (m, v), made of zeros at the first call."""
+        if self.m is None or self.v is None:
+            self.m, self.v = params.like(), params.like()
+        if self._bound is None or self._bound[0] is not params or self._bound[1] is not grads:
+            self._bound = (params, grads)
+            self._plan(params, grads, self.m, self.v)
+        return self.m, self.v
+
+    def _plan(self, params: Tensors, grads: Tensors, m: Tensors, v: Tensors) -> None:
+        self._factor, self._limit, self._hyper = np.zeros(1), np.zeros(1), np.zeros(6)
+        decays = np.array([p.decays for p in params.table], np.uint8)
+        self._norm = _NormPlan(self.backend, grads.flat)
+        self._clamp, self._scale, self._adamw = Plan(self.backend), Plan(self.backend), Plan(self.backend)
+        self._clamp.add("clamp", grads.flat, self._limit)
+        self._scale.add("scale", grads.flat, self._factor)
+        self._adamw.add("adamw", params.flat, m.flat, v.flat, grads.flat, params.offsets, decays, self._hyper)
+
+    def clip(self, params: Tensors, grads: Tensors) -> Norms:
+        """Clip in place: elements to +-clip_value, then the whole to norm clip, by min(1, clip / (norm + 1e-12)).
+
+        ``before`` is the norm of the gradients as they came. NaN stays NaN and Inf becomes NaN: nothing is hidden.
+        """
+        self.bind(params, grads)
+        before = norm = self._norm()
+        if self.config.clip_value is not None:
+            self._limit[0] = self.config.clip_value
+            self._clamp.run()
+            norm = self._norm()
+        if self.config.clip is not None:
+            factor = self.config.clip / (norm + 1e-12)
+            if not factor >= 1:  # also where the norm is NaN
+                self._factor[0] = factor
+                self._scale.run()
+                norm *= factor
+        self.norms = Norms(before, norm)
+        if self.hooks:
+            self.hooks.show("clip", grads.flat)
+        return self.norms
+
+    def update(self, params: Tensors, grads: Tensors) -> None:
+        """One AdamW update in place with ``self.lr``; t counts from 1."""
+        m, v = self.bind(params, grads)
+        c = self.config
+        self.updates += 1
+        self._hyper[:] = (self.lr, c.beta1, c.beta2, c.eps, c.weight_decay, self.updates)
+        self._adamw.run()
+        if self.hooks:
+            kinds: tuple[tuple[str, Mapping[str, NDArray[Any]]], ...] = (("m", m), ("v", v), ("param", params))
+            for kind, tensors in kinds:
+                for name, tensor in tensors.items():
+                    self.hooks.show(f"{kind}.{name}", tensor)
+
+    def step(self, params: Tensors, grads: Tensors) -> Norms:
+        """`clip`, then `update`."""
+        norms = self.clip(params, grads)
+        self.update(params, grads)
+        return norms

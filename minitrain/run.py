@@ -1,0 +1,172 @@
+"""The run folder: who may write into it, what stands in it, and how it is read back.
+
+====================  ============================================================================================
+manifest.json         seed, versions, config, git_sha, data_manifest_hash, hardware ...; written before step 0
+config.yaml           the resolved configuration
+train_log.jsonl       one object a line: every step, and the validations
+checkpoint.safetensors the latest state that `--resume` goes on from
+tokenizer.json        what turned the text into tokens
+models/               the final parameters
+results.json          perplexities against the baseline, time, memory
+loss_curve.png        train and validation loss, the n-gram baseline dashed
+README.md             the run told in words
+COMPLETE              written last
+====================  ============================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minitrain.config import NOT_HASHED, Config, config_from, config_hash, differing_keys
+from minitrain.errors import RunError
+from minitrain.files import write_atomic
+
+SCHEMA_VERSION = 1
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = path / "manifest.json"
+        self.config = path / "config.yaml"
+        self.log = path / "train_log.jsonl"
+        self.checkpoint = path / "checkpoint.safetensors"
+        self.tokenizer = path / "tokenizer.json"
+        self.models = path / "models"
+        self.results = path / "results.json"
+        self.curve = path / "loss_curve.png"
+        self.readme = path / "README.md"
+        self.complete = path / "COMPLETE"
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """A new, empty folder. Raises RunError if something stands there already or it cannot be written."""
+        cls.require_free(path)
+        try:
+            (path / "models").mkdir(parents=True)
+        except OSError as error:
+            raise RunError(f"--out-dir {path}: expected a folder that can be written, got: {error.strerror}") from error
+        return cls(path)
+
+    @staticmethod
+    def require_free(path: Path) -> None:
+        """Raises RunError if a run cannot begin at ``path``; writes nothing."""
+        if path.exists() and not path.is_dir():
+            raise RunError(f"--out-dir {path}: expected a folder or a new path, got a file; choose another")
+        if path.is_dir() and any(path.iterdir()):
+            if not (path / "manifest.json").exists():
+                raise RunError(f"--out-dir {path}: expected an empty folder, got one with other files; choose another")
+            state = "complete" if (path / "COMPLETE").exists() else "unfinished; --resume goes on with it"
+            raise RunError(f"--out-dir {path}: expected an empty folder, got another run ({state}); choose another")
+        nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise RunError(f"--out-dir {path}: expected a folder that can be written, got {nearest}, which cannot; choose another")
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run. Raises RunError if it is none."""
+        folder = cls(path)
+        if not folder.manifest.exists():
+            what = "no manifest.json in it" if path.is_dir() else "no such folder"
+            raise RunError(f"{path}: expected a run folder, got {what}; `minitrain train --out-dir {path}` starts a run")
+        return folder
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Raises RunError if it is damaged or of another schema."""
+        try:
+            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
+            version = manifest["schema_version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self.manifest}: expected the manifest of a run, got {type(error).__name__}: {error}") from error
+        if version != SCHEMA_VERSION:
+            raise RunError(f"{self.manifest}: expected schema_version {SCHEMA_VERSION}, got {version!r}; "
+                           "use the minitrain version that the manifest names")
+        return dict(manifest)
+
+    def stored_config(self) -> Config:
+        return config_from(self.read_manifest()["config"], str(self.manifest))
+
+    def require_config(self, config: Config) -> None:
+        """Raises RunError unless this run was made by ``config``, up to the keys that move no bit."""
+        stored = self.stored_config()
+        if config_hash(stored) != config_hash(config):
+            changed = [line for line in differing_keys(stored, config) if not line.startswith(NOT_HASHED)]
+            raise RunError(f"--resume {self.path}: expected the configuration that made the run, got another: "
+                           f"{'; '.join(changed)}; resume without these settings, or start a new run")
+
+    def log_lines(self) -> Iterator[dict[str, Any]]:
+        """The lines of train_log.jsonl. Raises RunError naming a damaged one."""
+        with open(self.log, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise RunError(f"{self.log}:{number}: expected a JSON object, got {line[:60]!r}") from error
+
+
+def new_path(name: str, parent: Path = Path("runs")) -> Path:
+    """``runs/<name>``, or with the first free number behind it."""
+    path, number = parent / name, 1
+    while path.exists():
+        number += 1
+        path = parent / f"{name}-{number}"
+    return path
+
+
+class LogWriter:
+    """train_log.jsonl: strict JSON throughout. A number that is not finite is null, and ``nonfinite`` names it."""
+
+    def __init__(self, path: Path, keep_before: int) -> None:
+        """Go on after the lines of the steps before ``keep_before``."""
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < keep_before]
+        write_atomic(path, "".join(kept))
+        self._file = open(path, "a", encoding="utf-8", buffering=1 << 16)  # noqa: SIM115 - closed by close()
+        self._since = time.perf_counter()
+
+    def step(self, step: int, loss: float, lr: float, grad_norm: float, grad_norm_clipped: float, tokens: int) -> None:
+        now = time.perf_counter()
+        rate, self._since = tokens / max(now - self._since, 1e-9), now
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._file.write(  # json.dumps would take 1 % of a step
+                f'{{"step": {step}, "loss": {loss!r}, "lr": {lr!r}, "grad_norm": {grad_norm!r}, '
+                f'"grad_norm_clipped": {grad_norm_clipped!r}, "tokens_per_s": {rate:.0f}}}\n'
+            )
+            return
+        self._write({"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "grad_norm_clipped": grad_norm_clipped,
+                     "tokens_per_s": round(rate)})
+
+    def validation(self, step: int, loss: float, perplexity: float) -> None:
+        self._write({"step": step, "val_loss": loss, "val_ppl": perplexity})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
+        if bad:
+            line = {**line, **dict.fromkeys(bad), "nonfinite": {key: str(line[key]) for key in bad}}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def skip_time(self) -> None:
+        """What has passed since the last step was no training."""
+        self._since = time.perf_counter()
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """A crash may leave a torn last line; it is dropped."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if line.endswith("}\n")]

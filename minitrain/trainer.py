@@ -1,0 +1,224 @@
+"""A run from a configuration to a finished folder: the parts put together, the loop run, the results written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from minitrain import report
+from minitrain._ext.signatures import NUMERICS_VERSION
+from minitrain.checkpoint import load_checkpoint, save_checkpoint, save_model
+from minitrain.config import Config, config_hash, to_yaml
+from minitrain.data.batches import EvalBatches, TrainBatches
+from minitrain.data.prepare import Prepared, prepare
+from minitrain.environment import git_state, hardware, peak_rss_mb, versions
+from minitrain.errors import RunError
+from minitrain.files import write_atomic, write_json
+from minitrain.loop import Evaluation, Listener, Metrics, StepStats, evaluate, perplexity, train
+from minitrain.model import MiniGPT, make_backend
+from minitrain.optim import AdamW
+from minitrain.rng import Purpose
+from minitrain.run import SCHEMA_VERSION, LogWriter, RunFolder
+from minitrain.schedule import Scheduler
+from minitrain.state import State
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended; ``metrics.ended`` tells whether it is complete. ``digest`` is over parameters, m and v."""
+
+    folder: RunFolder
+    metrics: Metrics
+    results: dict[str, Any]
+    digest: str
+    wall_clock_s: float
+
+
+def prepare_data(config: Config) -> Prepared:
+    """The data that the configuration names; the built-in corpus is generated where its files are missing."""
+    named = config.data.named_paths()
+    own_text_only = config.data.train_path in named and config.data.val_path not in named
+    return prepare(
+        Path(config.data.train_path),
+        None if own_text_only else Path(config.data.val_path),
+        heldout_policy=config.data.heldout_policy,
+        vocab_size=config.model.vocab_size,
+        max_seq_len=config.model.max_seq_len,
+        generate_missing=not named,
+    )
+
+
+def run(
+    config: Config,
+    out_dir: Path,
+    *,
+    resume: bool = False,
+    command_line: Sequence[str] = (),
+    listeners: Sequence[Listener] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train as configured into ``out_dir``, or go on with the run that stands there.
+
+    Raises MinitrainError with nothing half written: everything is checked before the folder is touched.
+    """
+    started = time.perf_counter()
+    if resume:
+        folder = RunFolder.open(out_dir)
+        folder.require_config(config)
+        if folder.complete.exists():
+            raise RunError(f"--resume {out_dir}: expected an unfinished run, got a complete one; start a new one with --out-dir")
+    else:
+        RunFolder.require_free(out_dir)
+    data = prepare_data(config)
+    if resume and folder.read_manifest()["data_manifest_hash"] != data.manifest_hash:
+        raise RunError(f"--resume {out_dir}: expected the data that the run was made from (data_manifest_hash in "
+                       f"{folder.manifest}), got other files at {config.data.train_path}; restore them")
+    batches = TrainBatches(data.train, config.training.batch_size, config.training.data_seed, config.data.batching)
+    validation = EvalBatches(data.val, config.training.batch_size)
+    backend = make_backend(config.training.backend, config.training.threads)
+    model = MiniGPT(config.model, seed=config.training.rng_seed, backend=backend)
+    optimizer = AdamW(config.optimizer, backend=backend)
+    scheduler = Scheduler.from_config(config)
+    m, v = optimizer.bind(model.params, model.grads)
+    if not resume:
+        folder = RunFolder.create(out_dir)
+        write_json(folder.manifest, manifest(config, data, model, command_line))
+        write_atomic(folder.config, to_yaml(config))
+        write_atomic(folder.tokenizer, data.tokenizer.to_json())
+    elif folder.checkpoint.exists():
+        scheduler.step_count = load_checkpoint(folder.checkpoint, model.params, m, v)["step"]
+        optimizer.updates = scheduler.step_count
+
+    def save(state: State) -> None:
+        streams = {
+            "training_control": {"seed": config.training.rng_seed, "purpose": Purpose.DROPOUT.name, "step": state.step},
+            "data": {"seed": config.training.data_seed, "purpose": Purpose.SHUFFLE.name, **batches.position(state.step)},
+        }
+        save_checkpoint(folder.checkpoint, state, config_hash=config_hash(config), streams=streams)
+
+    log = LogWriter(folder.log, scheduler.step_count)
+    try:
+        keeper = Keeper(log, save, config.training.checkpoint_every, math.log(config.model.vocab_size))
+        earlier = {line["step"]: line for line in folder.log_lines() if line.get("val_loss") is not None}
+        metrics = train(
+            model, optimizer, scheduler, batches, validation,
+            config.scheduler.total_steps, config.training.val_every, config.training.log_every, config.training.rng_seed,
+            listeners=[keeper, *listeners], on_nonfinite=config.training.on_nonfinite, stop=stop,
+        )  # fmt: skip
+        log.sync()
+    finally:
+        log.close()
+    metrics.validations = {s: Evaluation(x["val_loss"], x["val_ppl"], 0) for s, x in earlier.items()} | metrics.validations
+    final = State(metrics.steps, model.params, m, v)
+    wall_clock = time.perf_counter() - started
+    if metrics.ended == "interrupted":
+        save(final)
+        return Outcome(folder, metrics, {}, final.digest(), wall_clock)
+    results = summary(config, data, metrics, evaluate(model, EvalBatches(data.train, config.training.batch_size)), keeper, wall_clock)
+    if metrics.ended == "complete":
+        save(final)
+        path = save_model(folder.models, model.params, {"format": "minigpt-1", "config": json.dumps(config.model.model_dump())})
+        results["model"] = str(path.relative_to(folder.path))
+    write_json(folder.results, finite_or_none(results))
+    digest = final.digest()
+    ending = {"ended": metrics.ended, "steps": metrics.steps, "digest": digest, "first_nonfinite_step": metrics.first_nonfinite_step}
+    write_json(folder.manifest, {**folder.read_manifest(), "outcome": ending})
+    report.write(folder, config, results, data.baseline["best_perplexity"])
+    if metrics.ended == "complete":
+        write_atomic(folder.complete, digest + "\n")
+    return Outcome(folder, metrics, results, digest, wall_clock)
+
+
+class Keeper:
+    """The listener that writes the log and the checkpoints, and raises the alert of a run that does not learn."""
+
+    PLATEAU = 4.0 / math.log(64)
+    """Of ln V: a loss that stays above it is a run near chance (4.0 at a vocabulary of 64)."""
+    WINDOW = 200
+
+    def __init__(self, log: LogWriter, save: Callable[[State], None], every: int, ln_vocab: float) -> None:
+        self.alerts: list[str] = []
+        self._log, self._save, self._every = log, save, every
+        self._chance = self.PLATEAU * ln_vocab
+        self._low = math.inf
+        self._steps = 0
+
+    def stepped(self, stats: StepStats, state: State) -> None:
+        self._log.step(stats.step, stats.loss, stats.lr, stats.grad_norm, stats.grad_norm_clipped, stats.tokens)
+        self._steps += 1
+        if stats.loss < self._low:
+            self._low = stats.loss
+        if self._steps == self.WINDOW and self._low > self._chance:
+            self.alerts.append(f"not learning: debug before scaling up (no loss below {self._chance:.2f} in {self.WINDOW} steps)")
+        if state.step % self._every == 0 and stats.finite:
+            self._log.sync()
+            self._save(state)
+            self._log.skip_time()
+
+    def validated(self, step: int, result: Evaluation) -> None:
+        self._log.validation(step, result.loss, result.perplexity)
+        self._log.skip_time()
+
+
+def manifest(config: Config, data: Prepared, model: MiniGPT, command_line: Sequence[str]) -> dict[str, Any]:
+    """What must be known to run it again, and where it ran. Of this, ``started_at`` alone is a clock's."""
+    git = git_state(Path.cwd())
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "seed": config.training.rng_seed,
+        "versions": versions(),
+        "numerics_version": NUMERICS_VERSION,
+        "config": config.model_dump(),
+        "config_hash": config_hash(config),
+        "dtype": config.training.dtype,
+        "backend": config.training.backend,
+        "parameters": int(model.params.flat.size),
+        "git_sha": git["sha"],
+        "git_dirty": git["dirty"],
+        "data_manifest_hash": data.manifest_hash,
+        "tokenizer_hash": hashlib.sha256(data.tokenizer.to_json()).hexdigest(),
+        "samples": {"train": len(data.train), "val": len(data.val)},
+        "hardware": {**hardware(), "instruction_set": model.backend.isa},
+        "command_line": list(command_line),
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def summary(
+    config: Config, data: Prepared, metrics: Metrics, on_train: Evaluation, keeper: Keeper, wall_clock: float
+) -> dict[str, Any]:
+    """results.json. Perplexities are over whole splits with the final parameters."""
+    last = metrics.validations.get(metrics.steps)
+    best = metrics.best
+    baseline = data.baseline["best_perplexity"]
+    val_ppl = last.perplexity if last else math.nan
+    return {
+        "ended": metrics.ended,
+        "steps": metrics.steps,
+        "first_nonfinite_step": metrics.first_nonfinite_step,
+        "final_loss": metrics.final_loss,
+        "train_ppl": perplexity(on_train.loss),
+        "val_loss": last.loss if last else math.nan,
+        "val_ppl": val_ppl,
+        "best_val_step": best[0] if best else None,
+        "best_val_ppl": best[1].perplexity if best else math.nan,
+        "ngram_baseline_val_ppl": baseline,
+        "ngram_best_n": data.baseline["best_n"],
+        "beats_baseline": val_ppl < baseline,
+        "ppl_improvement_pct": 100 * (baseline - val_ppl) / baseline,
+        "alerts": keeper.alerts,
+        "wall_clock_s": round(wall_clock, 3),
+        "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+def finite_or_none(results: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in results.items()}
