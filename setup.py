@@ -7,8 +7,12 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 # The compiler may neither fuse, reorder nor tune to its own machine: one wheel, the same bits everywhere.
-FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-g0", *os.environ.get("MINITRAIN_CFLAGS", "").split()]
-X86 = {"avx512": ["-mavx512f", "-mavx2", "-mfma", "-DMINITRAIN_AVX512"], "avx2": ["-mavx2", "-mfma", "-DMINITRAIN_AVX2"]}
+FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-g0"]
+FLAGS += os.environ.get("MINITRAIN_CFLAGS", "").split()
+X86 = {
+    "avx512": ["-mavx512f", "-mavx2", "-mfma", "-DMINITRAIN_AVX512"],
+    "avx2": ["-mavx2", "-mfma", "-DMINITRAIN_AVX2"],
+}
 HEADERS = [f"_ext/include/{name}" for name in sorted(os.listdir("_ext/include"))]
 
 

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
-
 from minitrain._ext import engine, reference
 from minitrain._ext.signatures import SIGNATURES, SPLITS
+from numpy.typing import NDArray
+
 from minitrain.errors import MinitrainError
 
 
@@ -33,8 +33,10 @@ def instruction_set() -> str:
     able = engine.instruction_sets()
     forced = os.environ.get("MINITRAIN_ISA")
     if forced and forced not in able:
-        raise MinitrainError(f"MINITRAIN_ISA: expected one of {', '.join(able)} (what this processor runs), got {forced!r}; "
-                             "unset it to have the best one chosen")
+        raise MinitrainError(
+            f"MINITRAIN_ISA: expected one of {', '.join(able)} (what this processor runs), got {forced!r}; "
+            "unset it to have the best one chosen"
+        )
     return forced or str(able[0])
 
 
@@ -111,19 +113,19 @@ class Plan:
 
     def __init__(self, backend: Backend) -> None:
         self._program = backend.program()
-        self._length = 0
+        self.kernels: list[str] = []
         self._sites: list[tuple[int, str, NDArray[Any]]] = []
 
     def add(self, kernel: str, *arguments: Any) -> None:
         """Append a kernel: arrays in the order of its signature, then numbers. Raises KernelArgumentError."""
         self._program.append(kernel, arguments)
-        self._length += 1
+        self.kernels.append(kernel)
 
     def site(self, name: str, tensor: NDArray[Any]) -> None:
         """Name this point of the pass: listeners are shown a read-only view of ``tensor``."""
         view = tensor.view()
         view.flags.writeable = False
-        self._sites.append((self._length, name, view))
+        self._sites.append((len(self.kernels), name, view))
 
     @property
     def sites(self) -> list[str]:
@@ -131,7 +133,7 @@ class Plan:
 
     def run(self, listeners: Listeners | None = None) -> None:
         if not listeners:
-            self._program.run(0, self._length)
+            self._program.run(0, len(self.kernels))
             return
         done = 0
         for at, site, view in self._sites:
@@ -139,7 +141,11 @@ class Plan:
                 self._program.run(done, at)
                 done = at
                 listeners.fire(site, view)
-        self._program.run(done, self._length)
+        self._program.run(done, len(self.kernels))
+
+    def run_part(self, first: int, last: int) -> None:
+        """The operations first..last-1 alone, for measuring them."""
+        self._program.run(first, last)
 
 
 def call(backend: Backend, kernel: str, *arguments: Any) -> None:

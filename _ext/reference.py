@@ -1,7 +1,8 @@
 """The NumPy twin of every kernel: same name, same arguments, the formula as it stands in a textbook.
 
-The twins are the oracle of the tests (in float64) and a second backend (``training.backend: reference``, float32). Their
-bits are their own: sums run in NumPy's order and exp and log are NumPy's. They write into the outputs they are given.
+The twins are the oracle of the tests (in float64) and a second backend (``training.backend: reference``, float32).
+Their bits are their own: sums run in NumPy's order and exp and log are NumPy's. They write into the outputs they are
+given.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def dropout(y: F, x: F, key: F, site: float, rate: float) -> None:
 
 def _seen(key_mask: F, T: int) -> F:
     """(B, 1, T, T): query row i sees key column j."""
-    return np.tril(np.ones((T, T), bool)) & (key_mask[:, None, None, :] != 0)
+    seen: F = np.tril(np.ones((T, T), bool)) & (key_mask[:, None, None, :] != 0)
+    return seen
 
 
 def attention_forward(o: F, p: F, q: F, k: F, v: F, key_mask: F) -> None:

@@ -61,8 +61,10 @@ class Signature:
         what was expected and what came.
         """
         if len(arguments) != len(self.parameters):
-            raise KernelArgumentError(f"{self.name}: expected {len(self.parameters)} arguments "
-                                      f"({', '.join(self.parameters)}), got {len(arguments)}")
+            raise KernelArgumentError(
+                f"{self.name}: expected {len(self.parameters)} arguments "
+                f"({', '.join(self.parameters)}), got {len(arguments)}"
+            )
         sizes: Sizes = {}
         for argument, value in zip(self.arrays, arguments, strict=False):
             if value is None and argument.optional:
@@ -81,7 +83,9 @@ class Signature:
             refuse(f"dtype {dtype}", f"dtype {value.dtype}")
         expected = tuple(sizes.get(d, d) for d in argument.dims)
         shown = "(" + ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "") + ")"
-        if value.ndim != len(expected) or any(isinstance(e, int) and e != s for e, s in zip(expected, value.shape, strict=True)):
+        if value.ndim != len(expected) or any(
+            isinstance(e, int) and e != s for e, s in zip(expected, value.shape, strict=True)
+        ):
             refuse(f"shape {shown}", f"shape {value.shape}")
         for dim, size in zip(argument.dims, value.shape, strict=True):
             if sizes.setdefault(dim, size) != size or size < 1:
@@ -126,7 +130,9 @@ SIGNATURES: dict[str, Signature] = {
     s.name: s
     for s in [
         _signature("linear_forward", "y[B,T,N]; x[B,T,K], weight[N,K], bias[N]?", "sequence", lambda _: PANEL_FLOATS),
-        _signature("linear_backward_input", "dx[B,T,K]; dy[B,T,N], weight[N,K]; accumulate", "sequence", lambda _: PANEL_FLOATS),
+        _signature(
+            "linear_backward_input", "dx[B,T,K]; dy[B,T,N], weight[N,K]; accumulate", "sequence", lambda _: PANEL_FLOATS
+        ),
         _signature("linear_backward_weight", "dweight[N,K]; dy[B,T,N], x[B,T,K]", "columns", lambda _: PANEL_FLOATS),
         _signature("bias_backward", "dbias[B,N]; dy[B,T,N]", "sequence"),
         _signature("sum_sequences", "total[N]; partial[B,N]", "columns"),
@@ -135,7 +141,8 @@ SIGNATURES: dict[str, Signature] = {
         _signature("layernorm_forward", "y[B,T,C], mean[B,T], rstd[B,T]; x[B,T,C], gamma[C], beta[C]; eps", "sequence"),
         _signature(
             "layernorm_backward",
-            "dx[B,T,C], dgamma[B,C], dbeta[B,C]; dy[B,T,C], dresidual[B,T,C]?, x[B,T,C], mean[B,T], rstd[B,T], gamma[C]",
+            "dx[B,T,C], dgamma[B,C], dbeta[B,C];"
+            " dy[B,T,C], dresidual[B,T,C]?, x[B,T,C], mean[B,T], rstd[B,T], gamma[C]",
             "sequence",
         ),
         _signature("gelu_forward", "y[B,T,C], slope[B,T,C]; x[B,T,C]", "sequence"),

@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file with the five state machines, and the model alone for the world outside.
 
-A checkpoint holds ``param.<name>``, ``m.<name>`` and ``v.<name>`` (float32), and in its metadata the step, which is all that
-the optimizer's t, the scheduler, the data position and both random streams need: each is a pure function of it and of
-the configuration. The streams' state is written down all the same, so that a reader need not know that.
+A checkpoint holds ``param.<name>``, ``m.<name>`` and ``v.<name>`` (float32), and in its metadata the step, which is
+all that the optimizer's t, the scheduler, the data position and both random streams need: each is a pure function of
+it and of the configuration. The streams' state is written down all the same, so that a reader need not know that.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def load_checkpoint(path: Path, params: Tensors, m: Tensors, v: Tensors) -> dict
             if metadata.get("format") != FORMAT:
                 raise refuse(f"a checkpoint of format {FORMAT}", f"format {metadata.get('format')!r}")
             about: dict[str, Any] = json.loads(metadata["state"])
-            wanted = {f"{k}.{name}": t for k, group in (("param", params), ("m", m), ("v", v)) for name, t in group.items()}
+            wanted = {
+                f"{k}.{name}": t for k, group in (("param", params), ("m", m), ("v", v)) for name, t in group.items()
+            }
             if sorted(wanted) != sorted(file.keys()):
                 raise refuse(f"{len(wanted)} tensors of this model", f"{len(list(file.keys()))} with other names")
             for name, tensor in wanted.items():
@@ -63,7 +65,7 @@ def load_checkpoint(path: Path, params: Tensors, m: Tensors, v: Tensors) -> dict
 
 
 def save_model(folder: Path, params: Tensors, metadata: dict[str, str]) -> Path:
-    """Write the parameters alone, under their own names, as ``minigpt-<hash>.safetensors``; the hash is their digest's."""
+    """Write the parameters alone, under their own names, as ``minigpt-<start of their digest>.safetensors``."""
     path = folder / f"minigpt-{digest(params.flat)[:12]}.safetensors"
     write_atomic(path, save({name: np.ascontiguousarray(t) for name, t in params.items()}, metadata))
     return path

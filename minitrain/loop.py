@@ -51,6 +51,12 @@ class Evaluation(NamedTuple):
     tokens: int
 
 
+class BatchesByStep(Protocol):
+    """Training batches as a pure function of the step."""
+
+    def batch_at(self, step: int) -> Batch: ...
+
+
 class Listener(Protocol):
     """Who is told what the loop did, in this order, on the loop's own thread."""
 
@@ -72,7 +78,7 @@ def train_step(model: MiniGPT, optimizer: AdamW, scheduler: Scheduler, batch: Ba
 
 
 def evaluate(model: MiniGPT, val_iter: Iterable[Batch]) -> Evaluation:
-    """Loss over every token of ``val_iter``; no gradients, no dropout, no random numbers: it changes no training bit."""
+    """Loss over every token of ``val_iter``: no gradients, no dropout, no random numbers, no change to training."""
     total, tokens = 0.0, 0
     for batch in val_iter:
         model.forward(batch.inputs, batch.targets, batch.attn_pad_mask, batch.loss_mask, training=False)
@@ -115,7 +121,7 @@ def train(
     model: MiniGPT,
     optimizer: AdamW,
     scheduler: Scheduler,
-    train_iter: Iterable[Batch],
+    train_iter: Iterable[Batch] | BatchesByStep,
     val_iter: Iterable[Batch],
     total_steps: int,
     val_every: int = 50,
@@ -132,9 +138,9 @@ def train(
     ``train_iter`` gives batches, by ``batch_at(step)`` where it has that, else in turn (from the front again at its
     end). State t is validated on ``val_iter`` at every multiple of ``val_every`` and at the end. Every ``log_every``
     steps a line goes to the logger ``minitrain``. ``rng_seed`` seeds dropout and the global generators. With
-    ``manifest_path`` a manifest is written before step 0. ``stop`` is asked between steps. A loss or gradient norm that is
-    not finite ends the run after its step, or is only noted with ``on_nonfinite="continue"``. Raises DataError where a
-    batch or ``train_iter`` is no good.
+    ``manifest_path`` a manifest is written before step 0. ``stop`` is asked between steps. A loss or gradient norm
+    that is not finite ends the run after its step, or is only noted with ``on_nonfinite="continue"``. Raises DataError
+    where a batch or ``train_iter`` is no good.
     """
     set_seed(rng_seed)
     model.reseed(rng_seed)
@@ -187,7 +193,7 @@ def describe(model: MiniGPT, optimizer: AdamW, rng_seed: int) -> dict[str, Any]:
     }
 
 
-def _batches(source: Iterable[Batch]) -> Callable[[int], Batch]:
+def _batches(source: Iterable[Batch] | BatchesByStep) -> Callable[[int], Batch]:
     """``source`` as a function of the step."""
     if hasattr(source, "batch_at"):
         by_step: Callable[[int], Batch] = source.batch_at
@@ -199,7 +205,9 @@ def _batches(source: Iterable[Batch]) -> Callable[[int], Batch]:
             for batch in source:
                 yield batch
             if batch is None:
-                raise DataError("train_iter: expected at least one batch, got none (a generator that has run out? pass a list)")
+                raise DataError(
+                    "train_iter: expected at least one batch, got none (a generator that has run out? pass a list)"
+                )
 
     batches = endless()
     return lambda step: next(batches)

@@ -60,7 +60,9 @@ def rope_tables(T: int, C: int, H: int) -> tuple[NDArray[np.float32], NDArray[np
 class Passes:
     """The memory and the plans of one batch shape: forward (training and evaluation) and backward."""
 
-    def __init__(self, c: ModelConfig, backend: Backend, params: Tensors, grads: Tensors, key: Array, B: int, T: int) -> None:
+    def __init__(
+        self, c: ModelConfig, backend: Backend, params: Tensors, grads: Tensors, key: Array, B: int, T: int
+    ) -> None:
         self.tokens, self.targets = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
         self.attn_pad_mask, self.loss_mask = np.ones((B, T), np.uint8), np.ones((B, T), np.uint8)
         self.loss = np.zeros(3)  # mean, sum, number of tokens
@@ -82,10 +84,22 @@ class Passes:
 
     def _forward(self, plan: Plan, rate: float) -> Plan:
         c, a, p = self._c, self.arrays, self._params
-        add, site = plan.add, lambda name: plan.site(name, a[name])
+        add = plan.add
+
+        def site(name: str) -> None:
+            plan.site(name, a[name])
 
         def norm(y: str, x: str) -> None:
-            add("layernorm_forward", a[y], a[f"{y}.mean"], a[f"{y}.rstd"], a[x], p[f"{y}.weight"], p[f"{y}.bias"], LAYERNORM_EPS)
+            add(
+                "layernorm_forward",
+                a[y],
+                a[f"{y}.mean"],
+                a[f"{y}.rstd"],
+                a[x],
+                p[f"{y}.weight"],
+                p[f"{y}.bias"],
+                LAYERNORM_EPS,
+            )
             site(y)
 
         def drop(x: str, number: int) -> None:
@@ -114,13 +128,27 @@ class Passes:
             site(f"{b}.ffn.pre")
             add("gelu_forward", a[f"{b}.ffn.gelu"], a[f"{b}.ffn.slope"], a[f"{b}.ffn.pre"])
             site(f"{b}.ffn.gelu")
-            add("linear_forward", a[f"{b}.ffn.out"], a[f"{b}.ffn.gelu"], p[f"{b}.ffn.down.weight"], p[f"{b}.ffn.down.bias"])
+            add(
+                "linear_forward",
+                a[f"{b}.ffn.out"],
+                a[f"{b}.ffn.gelu"],
+                p[f"{b}.ffn.down.weight"],
+                p[f"{b}.ffn.down.bias"],
+            )
             drop(f"{b}.ffn.out", 2 * i + 2)
             add("residual_forward", a[f"{b}.out"], a[f"{b}.mid"], a[f"{b}.ffn.out"])
         norm("ln_f", self._block_input(c.n_layer))
         add("linear_forward", a["logits"], a["ln_f"], p[self._head], p["lm_head.bias"])
         site("logits")
-        add("cross_entropy_forward", a["losses"], a["softmax"], a["log_softmax"], a["logits"], self.targets, self.loss_mask)
+        add(
+            "cross_entropy_forward",
+            a["losses"],
+            a["softmax"],
+            a["log_softmax"],
+            a["logits"],
+            self.targets,
+            self.loss_mask,
+        )
         site("softmax")
         site("log_softmax")
         add("mean_loss", self.loss, a["losses"], self.loss_mask)
@@ -150,7 +178,17 @@ class Passes:
             dgamma, dbeta = self._partial(f"{y}.weight"), self._partial(f"{y}.bias")
             residual = a[dresidual] if dresidual else None
             statistics = a[f"{y}.mean"], a[f"{y}.rstd"]
-            add("layernorm_backward", a[dx], dgamma, dbeta, a[f"grad:{y}"], residual, a[x], *statistics, p[f"{y}.weight"])
+            add(
+                "layernorm_backward",
+                a[dx],
+                dgamma,
+                dbeta,
+                a[f"grad:{y}"],
+                residual,
+                a[x],
+                *statistics,
+                p[f"{y}.weight"],
+            )
             queue.put(f"{y}.weight", "sum_sequences", dgamma)
             queue.put(f"{y}.bias", "sum_sequences", dbeta)
 
@@ -272,7 +310,7 @@ class MiniGPT:
 
     def passes(self, B: int, T: int) -> Passes:
         """The memory and plans for this batch shape, made at first use. Raises DataError if T is over the context."""
-        if T > self.config.max_seq_len:
+        if self.config.max_seq_len < T:
             raise DataError(f"batch: expected at most model.max_seq_len = {self.config.max_seq_len} positions, got {T}")
         if (B, T) not in self._passes:
             self._passes[B, T] = Passes(self.config, self.backend, self.params, self.grads, self._key, B, T)
@@ -289,19 +327,25 @@ class MiniGPT:
     ) -> tuple[NDArray[np.float32], float]:
         """Logits (B, T, V), a view that the next pass overwrites, and the mean loss over the tokens in ``loss_mask``.
 
-        ``input`` and ``target`` are (B, T) int32 token ids, C-contiguous; the masks (B, T) bool: True where the input is a real
-        token, and where the target counts. ``training`` applies dropout, drawn for ``self.step``. The loss of an empty
-        mask is NaN. Raises KernelArgumentError and DataError.
+        ``input`` and ``target`` are (B, T) int32 token ids, C-contiguous; the masks (B, T) bool: True where the input
+        is a real token, and where the target counts. ``training`` applies dropout, drawn for ``self.step``, and shows
+        the sites to ``self.hooks``. The loss of an empty mask is NaN. Raises KernelArgumentError and DataError.
         """
         self._check("input", input, np.int32, None)
-        for name, array, dtype in (("target", target, np.int32), ("attn_pad_mask", attn_pad_mask, np.bool_), ("loss_mask", loss_mask, np.bool_)):
+        for name, array, dtype in (
+            ("target", target, np.int32),
+            ("attn_pad_mask", attn_pad_mask, np.bool_),
+            ("loss_mask", loss_mask, np.bool_),
+        ):
             self._check(name, array, dtype, input.shape)
         work = self._last = self.passes(*input.shape)
         for name, array, mine in (("input", input, work.tokens), ("target", target, work.targets)):
             bad = engine.load_tokens(mine, array, self.config.vocab_size)
             if bad >= 0:
-                raise DataError(f"{name}: expected token ids 0 to {self.config.vocab_size - 1}, got {array.flat[bad]} "
-                                f"at {tuple(int(i) for i in np.unravel_index(bad, array.shape))}")
+                raise DataError(
+                    f"{name}: expected token ids 0 to {self.config.vocab_size - 1}, got {array.flat[bad]} "
+                    f"at {tuple(int(i) for i in np.unravel_index(bad, array.shape))}"
+                )
         np.copyto(work.attn_pad_mask, attn_pad_mask.view(np.uint8))
         np.copyto(work.loss_mask, loss_mask.view(np.uint8))
         self._key[2] = self.step
@@ -318,6 +362,7 @@ class MiniGPT:
     @staticmethod
     def _check(name: str, array: Array, dtype: type[Any], shape: tuple[int, ...] | None) -> None:
         """The border of the model: same rules as the kernels'."""
+
         def refuse(expected: object, got: object) -> None:
             raise KernelArgumentError(f"forward: argument {name}: expected {expected}, got {got}")
 

@@ -30,12 +30,12 @@ class _NormPlan:
     def __init__(self, backend: Backend, flat: NDArray[np.float32]) -> None:
         self._sums = np.zeros(-(-len(flat) // NORM_BLOCK))
         self._result = np.zeros(1)
-        self._plan = Plan(backend)
-        self._plan.add("square_sums", self._sums, flat)
-        self._plan.add("norm", self._result, self._sums)
+        self.plan = Plan(backend)
+        self.plan.add("square_sums", self._sums, flat)
+        self.plan.add("norm", self._result, self._sums)
 
     def __call__(self) -> float:
-        self._plan.run()
+        self.plan.run()
         return float(self._result[0])
 
 
@@ -48,12 +48,14 @@ def global_grad_norm(grads: Mapping[str, NDArray[np.float32]]) -> float:
 class AdamW:
     """AdamW with decoupled weight decay, after element-wise and global-norm clipping.
 
-    ``m`` and ``v`` are Tensors with the parameters' names; they exist from the first step (or `bind`) on. ``lr`` is the rate
-    of the next update, ``updates`` the number done. ``step(params, grads)`` clips and updates in place; ``norms`` then holds
-    the gradient norm before and after clipping.
+    ``m`` and ``v`` are Tensors with the parameters' names; they exist from the first step (or `bind`) on. ``lr`` is the
+    rate of the next update, ``updates`` the number done. ``step(params, grads)`` clips and updates in place; ``norms``
+    then holds the gradient norm before and after clipping.
     """
 
-    def __init__(self, config: OptimizerConfig | None = None, *, lr: float | None = None, backend: Backend | None = None) -> None:
+    def __init__(
+        self, config: OptimizerConfig | None = None, *, lr: float | None = None, backend: Backend | None = None
+    ) -> None:
         self.config = config or OptimizerConfig()
         self.lr = self.config.lr_max if lr is None else lr
         self.backend = backend or CompiledBackend()
@@ -81,6 +83,11 @@ class AdamW:
         self._clamp.add("clamp", grads.flat, self._limit)
         self._scale.add("scale", grads.flat, self._factor)
         self._adamw.add("adamw", params.flat, m.flat, v.flat, grads.flat, params.offsets, decays, self._hyper)
+
+    @property
+    def plans(self) -> list[Plan]:
+        """What a step with clipping runs, in order; for measuring it."""
+        return [self._norm.plan, self._scale, self._adamw]
 
     def clip(self, params: Tensors, grads: Tensors) -> Norms:
         """Clip in place: elements to +-clip_value, then the whole to norm clip, by min(1, clip / (norm + 1e-12)).

@@ -40,7 +40,9 @@ def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint
     k0, k1 = key
     for _ in range(10):
         p0, p1 = c[0] * _MULTIPLIERS[0], c[2] * _MULTIPLIERS[1]
-        c = np.stack([(p1 >> _SHIFT) ^ c[1] ^ np.uint64(k0), p1 & _LOW, (p0 >> _SHIFT) ^ c[3] ^ np.uint64(k1), p0 & _LOW])
+        c = np.stack(
+            [(p1 >> _SHIFT) ^ c[1] ^ np.uint64(k0), p1 & _LOW, (p0 >> _SHIFT) ^ c[3] ^ np.uint64(k1), p0 & _LOW]
+        )
         k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
     return np.ascontiguousarray(c.T.astype(np.uint32))
 

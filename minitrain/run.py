@@ -69,7 +69,9 @@ class RunFolder:
             raise RunError(f"--out-dir {path}: expected an empty folder, got another run ({state}); choose another")
         nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise RunError(f"--out-dir {path}: expected a folder that can be written, got {nearest}, which cannot; choose another")
+            raise RunError(
+                f"--out-dir {path}: expected a folder that can be written, got {nearest}, which cannot; choose another"
+            )
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -77,7 +79,9 @@ class RunFolder:
         folder = cls(path)
         if not folder.manifest.exists():
             what = "no manifest.json in it" if path.is_dir() else "no such folder"
-            raise RunError(f"{path}: expected a run folder, got {what}; `minitrain train --out-dir {path}` starts a run")
+            raise RunError(
+                f"{path}: expected a run folder, got {what}; `minitrain train --out-dir {path}` starts a run"
+            )
         return folder
 
     def read_manifest(self) -> dict[str, Any]:
@@ -86,10 +90,14 @@ class RunFolder:
             manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
             version = manifest["schema_version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{self.manifest}: expected the manifest of a run, got {type(error).__name__}: {error}") from error
+            raise RunError(
+                f"{self.manifest}: expected the manifest of a run, got {type(error).__name__}: {error}"
+            ) from error
         if version != SCHEMA_VERSION:
-            raise RunError(f"{self.manifest}: expected schema_version {SCHEMA_VERSION}, got {version!r}; "
-                           "use the minitrain version that the manifest names")
+            raise RunError(
+                f"{self.manifest}: expected schema_version {SCHEMA_VERSION}, got {version!r}; "
+                "use the minitrain version that the manifest names"
+            )
         return dict(manifest)
 
     def stored_config(self) -> Config:
@@ -100,8 +108,10 @@ class RunFolder:
         stored = self.stored_config()
         if config_hash(stored) != config_hash(config):
             changed = [line for line in differing_keys(stored, config) if not line.startswith(NOT_HASHED)]
-            raise RunError(f"--resume {self.path}: expected the configuration that made the run, got another: "
-                           f"{'; '.join(changed)}; resume without these settings, or start a new run")
+            raise RunError(
+                f"--resume {self.path}: expected the configuration that made the run, got another: "
+                f"{'; '.join(changed)}; resume without these settings, or start a new run"
+            )
 
     def log_lines(self) -> Iterator[dict[str, Any]]:
         """The lines of train_log.jsonl. Raises RunError naming a damaged one."""
@@ -141,8 +151,16 @@ class LogWriter:
                 f'"grad_norm_clipped": {grad_norm_clipped!r}, "tokens_per_s": {rate:.0f}}}\n'
             )
             return
-        self._write({"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "grad_norm_clipped": grad_norm_clipped,
-                     "tokens_per_s": round(rate)})
+        self._write(
+            {
+                "step": step,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "grad_norm_clipped": grad_norm_clipped,
+                "tokens_per_s": round(rate),
+            }
+        )
 
     def validation(self, step: int, loss: float, perplexity: float) -> None:
         self._write({"step": step, "val_loss": loss, "val_ppl": perplexity})
@@ -169,4 +187,8 @@ def _whole_lines(path: Path) -> list[str]:
     """A crash may leave a torn last line; it is dropped."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if line.endswith("}\n")]
+    return [
+        line
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        if line.endswith("}\n")
+    ]

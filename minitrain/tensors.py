@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import xxhash
@@ -76,7 +76,11 @@ def activation_table(c: ModelConfig, B: int, T: int) -> list[Activation]:
     wide, inner, vocab, each = (B, T, C), (B, T, F), (B, T, V), (B, T)
 
     def norm(name: str) -> list[Activation]:
-        return [Activation(name, wide), Activation(f"{name}.mean", each, False), Activation(f"{name}.rstd", each, False)]
+        return [
+            Activation(name, wide),
+            Activation(f"{name}.mean", each, False),
+            Activation(f"{name}.rstd", each, False),
+        ]
 
     table = [Activation("embed", wide)]
     for i in range(c.n_layer):
@@ -109,7 +113,9 @@ def gradient_table(c: ModelConfig, B: int, T: int) -> list[Activation]:
     """The arrays that the backward pass writes for activations, in the order of the forward pass."""
     unmaterialised = {"softmax", "log_softmax", "losses", *(f"block.{i}.ffn.slope" for i in range(c.n_layer))}
     # The gradient of a branch that is added to the residual stream is the stream's own.
-    shared = {f"block.{i}.{x}.out": f"block.{i}.{y}" for i in range(c.n_layer) for x, y in (("attn", "mid"), ("ffn", "out"))}
+    shared = {
+        f"block.{i}.{x}.out": f"block.{i}.{y}" for i in range(c.n_layer) for x, y in (("attn", "mid"), ("ffn", "out"))
+    }
     table = [
         Activation(f"grad:{a.name}", a.shape, a.site)
         for a in activation_table(c, B, T)
@@ -122,7 +128,7 @@ def gradient_table(c: ModelConfig, B: int, T: int) -> list[Activation]:
 
 
 def sites(c: ModelConfig) -> list[str]:
-    """Every site in the order in which a training step passes it (design: forward, backward, clip, moments, parameters)."""
+    """Every site in the order in which a training step passes it: forward, backward, clip, moments, parameters."""
     forward = [a.name for a in activation_table(c, 1, 1) if a.site]
     backward = [f"grad:{name}" for name in reversed(forward) if name not in ("softmax", "log_softmax")]
     names = [p.name for p in parameter_table(c)]
@@ -143,8 +149,8 @@ def sites(c: ModelConfig) -> list[str]:
 class Tensors(Mapping[str, NDArray[np.float32]]):
     """Named views into one flat float32 buffer: parameters, gradients, m or v.
 
-    ``tensors["lm_head.bias"]`` is a writeable view; ``tensors.flat`` (P,) is the buffer; ``offsets`` (n + 1,) int64 says
-    where each tensor starts.
+    ``tensors["lm_head.bias"]`` is a writeable view; ``tensors.flat`` (P,) is the buffer; ``offsets`` (n + 1,) int64
+    says where each tensor starts.
     """
 
     def __init__(self, table: Sequence[Parameter]) -> None:
@@ -169,19 +175,16 @@ class Tensors(Mapping[str, NDArray[np.float32]]):
         return len(self._views)
 
 
-def canonical_bytes(array: NDArray[Any]) -> bytes | NDArray[Any]:
+def canonical_bits(array: NDArray[np.float32]) -> NDArray[np.uint32]:
     """The bits that digests and comparisons use: every NaN becomes 0x7FC00000 (payloads differ between processors)."""
+    bits = np.ascontiguousarray(array).view(np.uint32)
     nan = np.isnan(array)
-    if not nan.any():
-        return np.ascontiguousarray(array)
-    bits = array.view(np.uint32).copy()
-    bits[nan] = 0x7FC00000
-    return bits
+    return np.where(nan, np.uint32(0x7FC00000), bits) if nan.any() else bits
 
 
 def digest(*arrays: NDArray[np.float32]) -> str:
     """xxh3-128 over the arrays' canonical little-endian bits, as 32 hex digits. -0.0 and 0.0 differ."""
     h = xxhash.xxh3_128()
     for array in arrays:
-        h.update(memoryview(canonical_bytes(array)).cast("B"))
+        h.update(canonical_bits(array).view(np.uint8).data)
     return str(h.hexdigest())

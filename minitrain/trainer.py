@@ -73,13 +73,17 @@ def run(
         folder = RunFolder.open(out_dir)
         folder.require_config(config)
         if folder.complete.exists():
-            raise RunError(f"--resume {out_dir}: expected an unfinished run, got a complete one; start a new one with --out-dir")
+            raise RunError(
+                f"--resume {out_dir}: expected an unfinished run, got a complete one; start a new one with --out-dir"
+            )
     else:
         RunFolder.require_free(out_dir)
     data = prepare_data(config)
     if resume and folder.read_manifest()["data_manifest_hash"] != data.manifest_hash:
-        raise RunError(f"--resume {out_dir}: expected the data that the run was made from (data_manifest_hash in "
-                       f"{folder.manifest}), got other files at {config.data.train_path}; restore them")
+        raise RunError(
+            f"--resume {out_dir}: expected the data that the run was made from (data_manifest_hash in "
+            f"{folder.manifest}), got other files at {config.data.train_path}; restore them"
+        )
     batches = TrainBatches(data.train, config.training.batch_size, config.training.data_seed, config.data.batching)
     validation = EvalBatches(data.val, config.training.batch_size)
     backend = make_backend(config.training.backend, config.training.threads)
@@ -99,7 +103,11 @@ def run(
     def save(state: State) -> None:
         streams = {
             "training_control": {"seed": config.training.rng_seed, "purpose": Purpose.DROPOUT.name, "step": state.step},
-            "data": {"seed": config.training.data_seed, "purpose": Purpose.SHUFFLE.name, **batches.position(state.step)},
+            "data": {
+                "seed": config.training.data_seed,
+                "purpose": Purpose.SHUFFLE.name,
+                **batches.position(state.step),
+            },
         }
         save_checkpoint(folder.checkpoint, state, config_hash=config_hash(config), streams=streams)
 
@@ -108,27 +116,47 @@ def run(
         keeper = Keeper(log, save, config.training.checkpoint_every, math.log(config.model.vocab_size))
         earlier = {line["step"]: line for line in folder.log_lines() if line.get("val_loss") is not None}
         metrics = train(
-            model, optimizer, scheduler, batches, validation,
-            config.scheduler.total_steps, config.training.val_every, config.training.log_every, config.training.rng_seed,
-            listeners=[keeper, *listeners], on_nonfinite=config.training.on_nonfinite, stop=stop,
-        )  # fmt: skip
+            model,
+            optimizer,
+            scheduler,
+            batches,
+            validation,
+            config.scheduler.total_steps,
+            config.training.val_every,
+            config.training.log_every,
+            config.training.rng_seed,
+            listeners=[keeper, *listeners],
+            on_nonfinite=config.training.on_nonfinite,
+            stop=stop,
+        )
         log.sync()
     finally:
         log.close()
-    metrics.validations = {s: Evaluation(x["val_loss"], x["val_ppl"], 0) for s, x in earlier.items()} | metrics.validations
+    metrics.validations = {
+        s: Evaluation(x["val_loss"], x["val_ppl"], 0) for s, x in earlier.items()
+    } | metrics.validations
     final = State(metrics.steps, model.params, m, v)
     wall_clock = time.perf_counter() - started
     if metrics.ended == "interrupted":
         save(final)
         return Outcome(folder, metrics, {}, final.digest(), wall_clock)
-    results = summary(config, data, metrics, evaluate(model, EvalBatches(data.train, config.training.batch_size)), keeper, wall_clock)
+    results = summary(
+        config, data, metrics, evaluate(model, EvalBatches(data.train, config.training.batch_size)), keeper, wall_clock
+    )
     if metrics.ended == "complete":
         save(final)
-        path = save_model(folder.models, model.params, {"format": "minigpt-1", "config": json.dumps(config.model.model_dump())})
+        path = save_model(
+            folder.models, model.params, {"format": "minigpt-1", "config": json.dumps(config.model.model_dump())}
+        )
         results["model"] = str(path.relative_to(folder.path))
     write_json(folder.results, finite_or_none(results))
     digest = final.digest()
-    ending = {"ended": metrics.ended, "steps": metrics.steps, "digest": digest, "first_nonfinite_step": metrics.first_nonfinite_step}
+    ending = {
+        "ended": metrics.ended,
+        "steps": metrics.steps,
+        "digest": digest,
+        "first_nonfinite_step": metrics.first_nonfinite_step,
+    }
     write_json(folder.manifest, {**folder.read_manifest(), "outcome": ending})
     report.write(folder, config, results, data.baseline["best_perplexity"])
     if metrics.ended == "complete":
@@ -156,7 +184,9 @@ class Keeper:
         if stats.loss < self._low:
             self._low = stats.loss
         if self._steps == self.WINDOW and self._low > self._chance:
-            self.alerts.append(f"not learning: debug before scaling up (no loss below {self._chance:.2f} in {self.WINDOW} steps)")
+            self.alerts.append(
+                f"not learning: debug before scaling up (no loss below {self._chance:.2f} in {self.WINDOW} steps)"
+            )
         if state.step % self._every == 0 and stats.finite:
             self._log.sync()
             self._save(state)

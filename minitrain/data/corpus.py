@@ -1,8 +1,8 @@
 """The corpus generator: short sentences with conjugated verbs, the same bytes on every machine for one seed.
 
-A *slot* is one verb, tense and subject. Each slot holds five rows: the verb's first complement once,
-and four drawn, of which five are common and three rare. A common sentence therefore stands in several rows, each with an
-id of its own, and a rare one in few.
+A *slot* is one verb, tense and subject. Each slot holds five rows: one with the verb's first complement, and
+four with complements drawn from its eight, of which five are common and three rare. A common sentence
+therefore stands in several rows, each with an id of its own, and a rare one in few.
 """
 
 from __future__ import annotations

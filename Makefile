@@ -1,0 +1,40 @@
+# make run    set up, then train on the built-in corpus
+# make test   set up, then lint, types and tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ENGINE := setup.py pyproject.toml $(wildcard _ext/*.pyx _ext/kernels/*.pxi _ext/include/*.h)
+
+.PHONY: run test test-long lint types bench clean
+
+run: .stamps/installed
+	$(BIN)/minitrain train
+
+test: lint types
+	$(BIN)/python -m pytest -q -m "not long"
+
+test-long: .stamps/installed
+	$(BIN)/python -m pytest -q
+
+lint: .stamps/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot follow the map of top-level folders into the package, so it gets a tree of links.
+types: .stamps/installed
+	rm -rf build/tree && mkdir -p build/tree/minitrain
+	ln -s $(CURDIR)/minitrain/* $(CURDIR)/_ext $(CURDIR)/replay build/tree/minitrain/
+	MYPYPATH=build/tree $(BIN)/mypy -p minitrain
+
+bench: .stamps/installed
+	$(BIN)/python benchmarks/run.py
+
+.stamps/installed: $(ENGINE)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minitrain needs Python 3.11 or newer; make PYTHON=python3.12 names another")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "setuptools>=77" "cython>=3.1"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
+	mkdir -p .stamps && touch $@
+
+clean:
+	rm -rf build .stamps $(VENV) _ext/*.so *.egg-info

@@ -1,0 +1,46 @@
+"""Does this installation compute the bits that it promises? 500 default steps against digests known to be right."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from minitrain.config import Config
+from minitrain.data.batches import TrainBatches
+from minitrain.data.prepare import prepare
+from minitrain.loop import train_step
+from minitrain.model import MiniGPT, make_backend
+from minitrain.optim import AdamW
+from minitrain.schedule import Scheduler
+from minitrain.state import State
+
+GOLDEN = {
+    0: "0b3ad252bf127c43a59507ede321c765",
+    100: "62ead10ff05fb5e2698939c87a3d6932",
+    500: "b1fb6f01ca22af1ea77e10385c96f7dd",
+}
+"""Digest of state t (parameters, m, v) of the default run, for numerics version 1, on every processor."""
+
+
+def digests(threads: int = 1) -> Iterator[tuple[int, str, str]]:
+    """(t, digest found, digest expected) for each golden state."""
+    config = Config()
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepare(
+            Path(folder) / "train.jsonl",
+            Path(folder) / "val.jsonl",
+            heldout_policy=config.data.heldout_policy,
+            vocab_size=config.model.vocab_size,
+            max_seq_len=config.model.max_seq_len,
+            generate_missing=True,
+        )
+    backend = make_backend("compiled", threads)
+    model = MiniGPT(config.model, seed=config.training.rng_seed, backend=backend)
+    optimizer, scheduler = AdamW(config.optimizer, backend=backend), Scheduler.from_config(config)
+    batches = TrainBatches(data.train, config.training.batch_size, config.training.data_seed)
+    m, v = optimizer.bind(model.params, model.grads)
+    for step in range(max(GOLDEN) + 1):
+        if step in GOLDEN:
+            yield step, State(step, model.params, m, v).digest(), GOLDEN[step]
+        train_step(model, optimizer, scheduler, batches.batch_at(step))
