@@ -71,8 +71,7 @@ cdef class Pool:
         if not 1 <= threads <= POOL_LIMIT:
             raise ValueError(f"threads: expected 1 to {POOL_LIMIT}, got {threads}")
         cdef int error = pool_start(&self.c, threads)
-        if error:
-            pool_stop(&self.c)
+        if error:                                        # __dealloc__ stops those that did start
             raise OSError(error, f"could not start {threads} threads; lower training.threads")
         self.threads = threads
         self._scratch = []

@@ -29,6 +29,8 @@ PANEL_FLOATS = 256 * 32
 """Scratch of a matrix product: one packed panel (DEPTH * PANEL of include/tile.h, the larger of the two widths)."""
 
 Sizes = dict[str, int]
+Rule = tuple[str, str, Callable[[Sizes], bool]]
+"""An argument, what its shape must be beside its letters, and the test."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Signature:
     numbers: tuple[str, ...]
     split: str
     scratch: Callable[[Sizes], int]
+    rules: tuple[Rule, ...]
 
     @property
     def parameters(self) -> list[str]:
@@ -70,6 +73,10 @@ class Signature:
             if value is None and argument.optional:
                 continue
             self._check(argument, value, sizes, floats)
+        for name, expected, holds in self.rules:
+            if not holds(sizes):
+                shape = arguments[self.parameters.index(name)].shape
+                raise KernelArgumentError(f"{self.name}: argument {name}: expected {expected}, got shape {shape}")
         return sizes
 
     def _check(self, argument: Argument, value: Any, sizes: Sizes, floats: np.dtype[Any] | None) -> None:
@@ -109,7 +116,9 @@ class Signature:
 _ARRAY = re.compile(r"(\w+)\[([\w,]+)\](?::(\w+))?(\?)?")
 
 
-def _signature(name: str, text: str, split: str, scratch: Callable[[Sizes], int] = lambda _: 0) -> Signature:
+def _signature(
+    name: str, text: str, split: str, scratch: Callable[[Sizes], int] = lambda _: 0, rules: tuple[Rule, ...] = ()
+) -> Signature:
     outputs, inputs, numbers = (text.split(";") + [""])[:3]
     arrays = [
         Argument(m[1], tuple(m[2].split(",")), np.dtype(m[3] or "f4"), bool(m[4]), part is outputs)
@@ -117,7 +126,7 @@ def _signature(name: str, text: str, split: str, scratch: Callable[[Sizes], int]
         for m in _ARRAY.finditer(part)
     ]
     assert split in SPLITS
-    return Signature(name, tuple(arrays), tuple(numbers.replace(",", " ").split()), split, scratch)
+    return Signature(name, tuple(arrays), tuple(numbers.replace(",", " ").split()), split, scratch, rules)
 
 
 def _attention_scratch(s: Sizes) -> int:
@@ -125,6 +134,14 @@ def _attention_scratch(s: Sizes) -> int:
     T, D = s["T"], s["C"] // s["H"]
     return T * T + T + max(T * (D + 32), D * (T + 32)) + 64
 
+
+_HEADS: Rule = ("p", "(B, H, T, T) with H heads that divide C", lambda s: s["C"] % s["H"] == 0)
+_RESULT: Rule = ("result", "mean, sum and count", lambda s: s["R"] == 3)
+_KEY: Rule = ("key", "seed, purpose and step", lambda s: s["W"] == 3)
+_PAIRS: Rule = ("x", "(B, T, C) with C even", lambda s: s["C"] % 2 == 0)
+_BLOCKS: Rule = ("sums", "one sum for each 4096 elements of g", lambda s: s["G"] == -(-s["P"] // 4096))
+_SEGMENTS: Rule = ("offsets", "one more than segments in decays", lambda s: s["E"] == s["S"] + 1)
+_HYPER: Rule = ("hyper", "lr, beta1, beta2, eps, decay and t", lambda s: s["R"] == 6)
 
 SIGNATURES: dict[str, Signature] = {
     s.name: s
@@ -148,19 +165,21 @@ SIGNATURES: dict[str, Signature] = {
         _signature("gelu_forward", "y[B,T,C], slope[B,T,C]; x[B,T,C]", "sequence"),
         _signature("gelu_backward", "dx[B,T,C]; dy[B,T,C], slope[B,T,C]", "sequence"),
         _signature("residual_forward", "y[B,T,C]; x[B,T,C], branch[B,T,C]", "sequence"),
-        _signature("rope", "x[B,T,C]; cosine[T,C], sine[T,C]; direction", "sequence"),
-        _signature("dropout", "y[B,T,C]; x[B,T,C], key[W]:u4; site, rate", "sequence"),
+        _signature("rope", "x[B,T,C]; cosine[T,C], sine[T,C]; direction", "sequence", rules=(_PAIRS,)),
+        _signature("dropout", "y[B,T,C]; x[B,T,C], key[W]:u4; site, rate", "sequence", rules=(_KEY,)),
         _signature(
             "attention_forward",
             "o[B,T,C], p[B,H,T,T]; q[B,T,C], k[B,T,C], v[B,T,C], key_mask[B,T]:u1",
             "sequence",
             _attention_scratch,
+            (_HEADS,),
         ),
         _signature(
             "attention_backward",
             "dq[B,T,C], dk[B,T,C], dv[B,T,C], dp[B,H,T,T]; do[B,T,C], p[B,H,T,T], q[B,T,C], k[B,T,C], v[B,T,C]",
             "sequence",
             _attention_scratch,
+            (_HEADS,),
         ),
         _signature(
             "cross_entropy_forward",
@@ -168,17 +187,23 @@ SIGNATURES: dict[str, Signature] = {
             "sequence",
             lambda s: 2 * s["T"],
         ),
-        _signature("mean_loss", "result[R]:f8; losses[B,T], loss_mask[B,T]:u1", "none"),
+        _signature("mean_loss", "result[R]:f8; losses[B,T], loss_mask[B,T]:u1", "none", rules=(_RESULT,)),
         _signature(
             "cross_entropy_backward",
             "dlogits[B,T,V]; softmax[B,T,V], targets[B,T]:i4, loss_mask[B,T]:u1, result[R]:f8",
             "sequence",
+            rules=(_RESULT,),
         ),
-        _signature("square_sums", "sums[G]:f8; g[P]", "blocks"),
+        _signature("square_sums", "sums[G]:f8; g[P]", "blocks", rules=(_BLOCKS,)),
         _signature("norm", "result[R]:f8; sums[G]:f8", "none"),
         _signature("scale", "g[P]; factor[R]:f8", "elements"),
         _signature("clamp", "g[P]; limit[R]:f8", "elements"),
-        _signature("adamw", "theta[P], m[P], v[P]; g[P], offsets[E]:i8, decays[S]:u1, hyper[R]:f8", "elements"),
+        _signature(
+            "adamw",
+            "theta[P], m[P], v[P]; g[P], offsets[E]:i8, decays[S]:u1, hyper[R]:f8",
+            "elements",
+            rules=(_SEGMENTS, _HYPER),
+        ),
         _signature("exp", "y[P]; x[P]", "none"),
         _signature("log", "y[P]; x[P]", "none"),
     ]

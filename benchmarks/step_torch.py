@@ -28,7 +28,24 @@ def main(folder: Path, steps: int, threads: int) -> None:
         start = perf_counter()
         loss, _ = train_step(model, optimizer, about["lr"][step], clip, tokens, goal)
         times.append(perf_counter() - start)
-    print(json.dumps({"seconds": times, "loss": loss, "version": torch.__version__}))
+    result = {"seconds": times, "loss": loss, "version": torch.__version__}
+    if steps > 1:
+        result["product_gflops"] = product_gflops()
+    print(json.dumps(result))
+
+
+def product_gflops() -> float:
+    """How fast PyTorch multiplies matrices here, of a size that suits it."""
+    import torch
+
+    M, N, K = 2048, 1024, 256
+    x, weight = torch.rand(M, K), torch.rand(N, K)
+    times = []
+    for _ in range(50):
+        start = perf_counter()
+        torch.nn.functional.linear(x, weight)
+        times.append(perf_counter() - start)
+    return 2 * M * N * K / min(times) / 1e9
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def _apart(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 def load_model(path: Path) -> TorchMiniGPT:
     """The model of a file of `minitrain.checkpoint.save_model`. Raises ValueError if its tensors do not fit."""
     with safe_open(path, framework="pt") as file:
-        model = TorchMiniGPT(json.loads(file.metadata()["config"]))
+        model = TorchMiniGPT(json.loads(file.metadata()["minitrain"])["model"])
         mine = model.named()
         if sorted(mine) != sorted(file.keys()):
             raise ValueError(f"{path}: expected the tensors {sorted(mine)}, got {sorted(file.keys())}")

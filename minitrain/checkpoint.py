@@ -15,20 +15,34 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from minitrain.config import ModelConfig
 from minitrain.errors import RunError
 from minitrain.files import write_atomic
 from minitrain.state import State
 from minitrain.tensors import Tensors, digest
 
 FORMAT = "minitrain-checkpoint-1"
+MODEL_FORMAT = "minigpt-1"
+METADATA_KEY = "minitrain"
+
+
+def _metadata(about: dict[str, Any]) -> dict[str, str]:
+    """All under one key: safetensors writes several in an order that changes from call to call."""
+    return {METADATA_KEY: json.dumps(about, sort_keys=True)}
 
 
 def save_checkpoint(path: Path, state: State, *, config_hash: str, streams: dict[str, Any]) -> None:
     """Write state t beside ``path``, fsync, rename. Raises OSError; the old checkpoint then still stands."""
     kinds = {"param": state.params, "m": state.m, "v": state.v}
     tensors = {f"{kind}.{name}": np.ascontiguousarray(t) for kind, group in kinds.items() for name, t in group.items()}
-    about = {"step": state.step, "digest": state.digest(), "config_hash": config_hash, "streams": streams}
-    write_atomic(path, save(tensors, {"format": FORMAT, "state": json.dumps(about, sort_keys=True)}))
+    about = {
+        "format": FORMAT,
+        "step": state.step,
+        "digest": state.digest(),
+        "config_hash": config_hash,
+        "streams": streams,
+    }
+    write_atomic(path, save(tensors, _metadata(about)))
 
 
 def load_checkpoint(path: Path, params: Tensors, m: Tensors, v: Tensors) -> dict[str, Any]:
@@ -42,10 +56,9 @@ def load_checkpoint(path: Path, params: Tensors, m: Tensors, v: Tensors) -> dict
 
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise refuse(f"a checkpoint of format {FORMAT}", f"format {metadata.get('format')!r}")
-            about: dict[str, Any] = json.loads(metadata["state"])
+            about: dict[str, Any] = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            if about.get("format") != FORMAT:
+                raise refuse(f"a checkpoint of format {FORMAT}", f"format {about.get('format')!r}")
             wanted = {
                 f"{k}.{name}": t for k, group in (("param", params), ("m", m), ("v", v)) for name, t in group.items()
             }
@@ -64,8 +77,9 @@ def load_checkpoint(path: Path, params: Tensors, m: Tensors, v: Tensors) -> dict
     return about
 
 
-def save_model(folder: Path, params: Tensors, metadata: dict[str, str]) -> Path:
+def save_model(folder: Path, params: Tensors, config: ModelConfig) -> Path:
     """Write the parameters alone, under their own names, as ``minigpt-<start of their digest>.safetensors``."""
+    about = {"format": MODEL_FORMAT, "model": config.model_dump()}
     path = folder / f"minigpt-{digest(params.flat)[:12]}.safetensors"
-    write_atomic(path, save({name: np.ascontiguousarray(t) for name, t in params.items()}, metadata))
+    write_atomic(path, save({name: np.ascontiguousarray(t) for name, t in params.items()}, _metadata(about)))
     return path

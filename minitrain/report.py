@@ -77,8 +77,12 @@ class Log:
         return len(self.step) // 40 // 2 * 2 + 1
 
     def mean_loss(self, i: int) -> float:
-        """The mean of what is finite in the window around line ``i`` (cut at the ends); NaN where line ``i`` is not."""
-        near = self.loss[max(0, i - self.window // 2) : i + self.window // 2 + 1]
+        """The mean of what is finite in the window around line ``i``, NaN where line ``i`` is not.
+
+        The window is narrower towards both ends, at the start on both sides so that the first steep steps stay steep.
+        """
+        half = min(self.window // 2, i)
+        near = self.loss[i - half : i + half + 1]
         return float(np.mean(near[np.isfinite(near)])) if math.isfinite(self.loss[i]) else math.nan
 
 
@@ -111,7 +115,7 @@ def draw(log: Log, baseline_ppl: float, baseline_name: str, title: str, subtitle
     end = max([1.0, *log.step + 1, *log.val_step])
     base = math.log(baseline_ppl) if 0 < baseline_ppl < math.inf else math.nan
     kept, kept_val = extremes(log.loss), extremes(log.val_loss)
-    mean = f"train, mean of {log.window} steps"
+    mean = f"train, mean of {log.window:,} steps"
     curves = {  # name: colour, width, dashes, steps, losses
         "train, each step": (EACH, 0.8, [1, 0], log.step[kept], log.loss[kept]),
         mean: (MEAN, 2.4, [1, 0], log.step[kept], np.array([log.mean_loss(i) for i in kept])),
@@ -132,7 +136,9 @@ def draw(log: Log, baseline_ppl: float, baseline_name: str, title: str, subtitle
 
     unit = "nats per token, log scale" if logarithmic else "nats per token"
     scale = alt.Scale(type="log" if logarithmic else "linear", zero=False, nice=True)
-    x = alt.X("step:Q", title="step", scale=alt.Scale(domain=[0, end], nice=False), axis=alt.Axis(tickMinStep=1))
+    x = alt.X(
+        "step:Q", title="step", scale=alt.Scale(domain=[0, end], nice=False), axis=alt.Axis(tickCount=int(min(end, 10)))
+    )
     y = alt.Y("loss:Q", title=f"loss ({unit})", scale=scale)
     series = alt.Chart(alt.NamedData("rows")).encode(x, y, alt.Color(**by_series(colours)))
     layers: list[alt.Chart] = [
@@ -140,27 +146,22 @@ def draw(log: Log, baseline_ppl: float, baseline_name: str, title: str, subtitle
         series.mark_point(filled=True, opacity=1, size=30).transform_filter("datum.point"),
     ]
 
-    def note(text: str, step: float, loss: float, **place: Any) -> None:
-        at = alt.Chart(alt.InlineData(values=[{"step": step, "loss": loss, "text": text}])).encode(x, y, text="text:N")
+    def note(text: str, step: float, y: Any, **place: Any) -> None:
+        row = {"step": step, "text": text} | ({"loss": base} if math.isfinite(base) else {})
+        at = alt.Chart(alt.InlineData(values=[row])).encode(x, y=y, text="text:N")
         layers.append(at.mark_text(fontSize=12, stroke="white", strokeWidth=5, strokeJoin="round", **place))
         layers.append(at.mark_text(fontSize=12, **place))
 
     if math.isfinite(base):
         over = log.val_loss[np.isfinite(log.val_loss)][-1:].sum() > base  # the label stands where the curve does not
         note(
-            f"{baseline_name}: perplexity {number(baseline_ppl)}",
-            end,
-            base,
-            align="right",
-            dx=-6,
-            dy=13 if over else -11,
+            f"{baseline_name}: perplexity {number(baseline_ppl)}", end, y, align="right", dx=-6, dy=13 if over else -11
         )
     for line in log.broken[:1]:
-        step, right = line["step"], line["step"] > end / 2
+        step, align = line["step"], "right" if line["step"] > end / 2 else "left"
         wall = alt.Chart(alt.InlineData(values=[{"step": step}])).mark_rule(strokeWidth=2, color=BROKEN)
         layers.append(wall.encode(x))
-        text = f"step {step:,}: {not_finite(line)}"
-        note(text, step, max(heights), align="right" if right else "left", dx=-8 if right else 8)
+        note(f"step {step:,}: {not_finite(line)}", step, alt.value(-10), align=align)  # above the marks
     chart = (
         alt.layer(*layers)
         .properties(width=760, height=380, title=alt.Title(title, subtitle=subtitle), description=title)
@@ -170,7 +171,7 @@ def draw(log: Log, baseline_ppl: float, baseline_name: str, title: str, subtitle
         .configure_axis(gridColor="#ebebeb", domainColor="#888888", tickColor="#888888")
         .configure_axisX(labelFontSize=12, titleFontSize=13, titleFontWeight="normal")
         .configure_axisY(labelFontSize=12, titleFontSize=13, titleFontWeight="normal")
-        .configure_legend(labelFontSize=12, columnPadding=18)
+        .configure_legend(labelFontSize=12, columnPadding=18, offset=28)
     )
     # The rows join the finished specification: Altair would hold every one of them against its schema.
     spec = chart.to_dict()
@@ -236,11 +237,11 @@ CONCERNS = {
     "model": "the size of the network",
     "optimizer": "the update rule",
     "scheduler": "the course of the learning rate",
-    "training": "batches, seeds or bookkeeping",
+    "training": "the training loop",
     "data": "the text that is read",
 }
 """What the settings of a section have to do with."""
-SHOWN = 8
+SHOWN = 4
 """So many changed settings are listed; the page stays a page."""
 
 
@@ -283,15 +284,15 @@ class Story:
         sections = {
             "Result": self.result(),
             "Not finite": self.broken(),
-            "Shape of the curve": f"{self.training()} {self.validation()}",
-            "Train against validation": self.gap(),
+            "Curve": f"{self.training()} {self.validation()}",
+            "Gap": self.gap(),
             "Gradients": self.gradients(),
             "Settings": self.settings(),
             "Cost": self.cost(),
             "Again": self.again(),
         }
         top = f"# Run {self.folder.path.resolve().name}\n\n**{self.headline()}**\n\n"
-        picture = f"![Train and validation loss by step, against the n-gram baseline]({self.folder.curve.name})\n"
+        picture = f"![Losses by step]({self.folder.curve.name})\n"
         told = [f"\n## {name}\n\n{_wrapped(text)}\n" for name, text in sections.items() if text]
         return top + picture + "".join(told)
 
@@ -301,17 +302,16 @@ class Story:
         passes, order = number(steps * batch / samples["train"], 1), int(self.measured["ngram_best_n"])
         text = (
             f"A MiniGPT of {count(self.manifest['parameters'], 'parameter')} took {steps:,} of "
-            f"{count(self.config.scheduler.total_steps, 'planned step')}, each on {count(batch, 'sample')}: about "
-            f"{passes} times through the {count(samples['train'], 'training sample')}. Of the n-gram models fitted on "
-            f"the same tokens, the {order}-gram is the best, with a perplexity of {number(self.baseline)} on the "
-            f"{count(samples['val'], 'validation sample')}"
+            f"{count(self.config.scheduler.total_steps, 'planned step')} of {count(batch, 'sample')}: {passes} times "
+            f"the {count(samples['train'], 'training sample')}. The best n-gram model of the same tokens (n = {order}) "
+            f"has a perplexity of {number(self.baseline)} on the {count(samples['val'], 'validation sample')}"
         )
         if not math.isfinite(gain):
-            text += "; the run has no finite perplexity at its end to set against that."
+            text += "; the run ends with no finite perplexity to set against it."
         elif self.measured["beats_baseline"]:
-            text += f"; with its final parameters the run reaches {number(val)} and beats it by {gain:,.1f} %."
+            text += f"; the run ends at {number(val)} and beats it by {gain:,.1f} %."
         else:
-            text += f"; the run does not beat it: with its final parameters it reaches {number(val)}, {abs(gain):,.1f} % more."
+            text += f"; the run ends at {number(val)}, {abs(gain):,.1f} % more, and does not beat it."
         return " ".join([text, *(f"Alert: {alert}." for alert in self.measured["alerts"])])
 
     def broken(self) -> str:
@@ -320,19 +320,18 @@ class Story:
         first, run = self.log.broken[0], shlex.quote(str(self.folder.path))
         text = f"Step {first['step']:,} was the first with a number that is not finite ({not_finite(first)}); "
         if self.measured["ended"] == "complete":
-            text += (
-                f"the run went on, as training.on_nonfinite says, and had {count(len(self.log.broken), 'such step')}."
-            )
+            text += f"the run went on and had {count(len(self.log.broken), 'such step')}."
         else:
             text += "the run stopped there."
         before = int(np.searchsorted(self.log.step, first["step"])) - 1
         if before >= 0:
             loss, norm = number(self.log.loss[before], 3), number(self.log.norm[before], 3)
             text += f" The step before it had loss {loss} and gradient norm {norm}."
+        replay = f"minitrain replay {run} --step {first['step']} --nan-bisect"
         return (
-            f"{text} Its learning rate was {first['lr']:.3g}. This command runs it again and looks for the place where "
-            f"the number arose:\n\n```\nminitrain replay {run} --step {first['step']} --nan-bisect\n```\n\n"
-            "Look at that place first, then at the gradient norms and learning rates before it in train_log.jsonl."
+            f"{text} The learning rate was {first['lr']:.3g}. To find the place where the number arose:\n\n"
+            f"```\n{replay}\n```\n\n"
+            "Look there, then at the gradient norms and learning rates before it in train_log.jsonl."
         )
 
     def training(self) -> str:
@@ -352,12 +351,10 @@ class Story:
             for i, name in sorted(landmarks.items())
             if i < steps
         ]
-        averaged = f"As a mean of the up to {self.log.window} steps around, it" if self.log.window > 1 else "It"
+        averaged = f"Averaged over up to {self.log.window:,} steps it" if self.log.window > 1 else "It"
         text += f" {averaged} was {_listed(passed)}."
-        if np.isfinite(self.log.loss).any():
-            top = int(np.nanargmax(self.log.loss))
-            text += f" The highest loss of a single step was {number(self.log.loss[top], 3)}, at step {top:,}."
-        return text
+        top = int(np.argmax(np.nan_to_num(self.log.loss)))
+        return f"{text} The highest was {number(self.log.loss[top], 3)}, at step {top:,}." if top else text
 
     def validation(self) -> str:
         steps, losses = self.log.val_step, self.log.val_loss
@@ -371,7 +368,7 @@ class Story:
         if last == 0:
             return f"{times}: {lowest}."
         if best == last:
-            return f"{times} and was lowest at the last, {lowest}: where it would turn, this run does not show."
+            return f"{times} and was lowest at the last, {lowest}: it had not turned."
         rise = math.expm1(losses[last] - losses[best]) if math.isfinite(losses[last]) else math.nan
         begin, end = (min(int(s), len(self.log.step) - 1) for s in (steps[best], steps[last]))
         train = f"{number(self.log.mean_loss(begin), 3)} to {number(self.log.mean_loss(end), 3)}"
@@ -387,21 +384,21 @@ class Story:
         train, val = self.measured["train_ppl"], self.measured["val_ppl"]
         if not (math.isfinite(train) and math.isfinite(val)):
             return (
-                "There is no gap to report: with the final parameters the perplexity on the training text is "
+                "There is no gap to report: at the end the perplexity on the training text is "
                 f"{number(train)}, on the validation text {number(val)}."
             )
+        ratio, nats = number(val / train), number(math.log(val / train))
         text = (
-            f"Over all of both splits and with the final parameters, the perplexity is {number(train)} on the training "
-            f"text and {number(val)} on the validation text, {number(val / train)} times as much: a gap of "
-            f"{number(math.log(val / train))} nats per token. "
+            f"At the end the perplexity over the whole split is {number(train)} in training and {number(val)} in "
+            f"validation, {ratio} times as much: a gap of {nats} nats per token. "
         )
         data = self.config.data
         if data.named_paths():
-            return text + "The text is the user's own, so how alike its two splits are is not known here."
+            return text + "The text is the user's own: how alike its splits are is not known here."
         if data.heldout_policy == "verbs_4":
             return text + (
-                "Training never saw the four verbs of the validation split, so the gap holds both what was memorised "
-                "and what is new in those verbs; one run cannot tell the two apart."
+                "Training never saw the four verbs of validation: the gap holds what was memorised and what is new in "
+                "them, and one run cannot tell the two apart."
             )
         return text + "Both splits hold the same verbs, so the gap is not the price of verbs never seen."
 
@@ -449,20 +446,17 @@ class Story:
         held, drawn = (number(mb, 0) for mb in (self.measured["peak_rss_mb"], peak_rss_mb() or math.nan))
         seconds, rate = number(self.measured["wall_clock_s"]), number(float(np.median(self.log.tokens_per_s)), 0)
         return (
-            f"The process that ended the run had worked for {seconds} s and held at most {held} MB of memory when it "
-            f"measured the results; the one that drew this page peaked at {drawn} MB, with the plotting library. The "
-            f"median step went at {rate} training tokens per second ({machine})."
+            f"Up to its results, the process that ended the run took {seconds} s and at most {held} MB of memory; the "
+            f"one that drew this page, {drawn} MB. The median step made {rate} training tokens per second ({machine})."
         )
 
     def again(self) -> str:
-        run = self.folder.path
-        command = f"minitrain train --config {shlex.quote(str(run / 'config.yaml'))} --out-dir NEW"
+        command = f"minitrain train --config {shlex.quote(str(self.folder.config))} --out-dir NEW"
         digest = self.manifest.get("outcome", {}).get("digest")
-        same = f" The state at the end must have the digest `{digest}` again." if digest and not self.log.broken else ""
-        models = "models/ the final parameters, " if self.measured["ended"] == "complete" else ""
+        same = f": the last state must have the digest `{digest}`" if digest and not self.log.broken else ""
         return (
             f"From the folder where this run was started:\n\n```\n{command}\n```\n\n"
-            f"Same version, settings and data give the same bits.{same} "
-            "Here train_log.jsonl holds every step, results.json the figures above, "
-            f"{models}config.yaml every setting, and manifest.json the seeds, versions and hardware."
+            f"Same version, settings and data give the same bits{same}. Every step is in train_log.jsonl, the figures "
+            "in results.json, seeds, versions and hardware in manifest.json, the parameters of a complete run in "
+            "models/."
         )

@@ -115,12 +115,7 @@ class RunFolder:
 
     def log_lines(self) -> Iterator[dict[str, Any]]:
         """The lines of train_log.jsonl. Raises RunError naming a damaged one."""
-        with open(self.log, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise RunError(f"{self.log}:{number}: expected a JSON object, got {line[:60]!r}") from error
+        return (parsed for _, parsed in _whole_lines(self.log))
 
 
 def new_path(name: str, parent: Path = Path("runs")) -> Path:
@@ -137,7 +132,7 @@ class LogWriter:
 
     def __init__(self, path: Path, keep_before: int) -> None:
         """Go on after the lines of the steps before ``keep_before``."""
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < keep_before]
+        kept = [line for line, parsed in _whole_lines(path) if parsed["step"] < keep_before]
         write_atomic(path, "".join(kept))
         self._file = open(path, "a", encoding="utf-8", buffering=1 << 16)  # noqa: SIM115 - closed by close()
         self._since = time.perf_counter()
@@ -183,12 +178,15 @@ class LogWriter:
         self._file.close()
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """A crash may leave a torn last line; it is dropped."""
-    if not path.exists():
-        return []
-    return [
-        line
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        if line.endswith("}\n")
-    ]
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line and what it says; a torn last line, as a crash leaves it, is none. Raises RunError for a damaged one."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            return
+        try:
+            parsed = json.loads(line)
+            int(parsed["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{path}:{number}: expected a JSON object with a step, got {line[:60]!r}") from error
+        yield line, parsed

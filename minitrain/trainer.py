@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -145,9 +144,7 @@ def run(
     )
     if metrics.ended == "complete":
         save(final)
-        path = save_model(
-            folder.models, model.params, {"format": "minigpt-1", "config": json.dumps(config.model.model_dump())}
-        )
+        path = save_model(folder.models, model.params, config.model)
         results["model"] = str(path.relative_to(folder.path))
     write_json(folder.results, finite_or_none(results))
     digest = final.digest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from minitrain import selftest, trainer
@@ -104,22 +105,20 @@ def test_portable_equals_golden_for_20_steps(folder, monkeypatch):
     assert len(digests) == 1
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(stop=st.integers(1, 59), dropout=st.sampled_from([0.0, 0.3]), tied=st.booleans(), seed=st.integers(0, 2**32 - 1))
 def test_resumed_equals_uninterrupted(tmp_path_factory, stop, dropout, tied, seed):
     """Stopped at any step and resumed: the same state, log, validations and model file as in one go."""
     place = tmp_path_factory.mktemp("resume")
-    before = Path.cwd()
-    os.chdir(place)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(trainer.report, "write", lambda *_: None)  # the picture costs more than the training
         conf = config(f"training.rng_seed={seed}", f"model.dropout={dropout}", f"model.tie_weights={str(tied).lower()}")
         whole = trainer.run(conf, place / "whole")
         halt = StopAt(stop)
         half = trainer.run(conf, place / "half", listeners=[halt], stop=halt)
         assert half.metrics.ended == "interrupted"
         again = trainer.run(conf, place / "half", resume=True)
-    finally:
-        os.chdir(before)
     assert again.digest == whole.digest
     assert steps_of(again) == steps_of(whole)
     assert again.results["model"] == whole.results["model"]
@@ -137,7 +136,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     """Until a checkpoint of at least ``step`` stands there."""
     log = run / "train_log.jsonl"
     for _ in range(3000):
-        if log.exists() and sum(1 for _ in open(log)) > step:
+        if log.exists() and log.read_text().count("\n") > step:
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -221,7 +220,7 @@ def test_manifest_stands_before_step_0(folder):
 
 @pytest.mark.parametrize("mode", ["stop", "continue"])
 def test_nonfinite(folder, mode):
-    """A learning rate of 1e30 overflows: the step is logged as strict JSON, the run ends (or goes on), and says where."""
+    """A learning rate of 1e30 overflows: strict JSON tells of it, the run ends (or goes on), and says where."""
     conf = config("optimizer.lr_max=1e30", "optimizer.clip=null", f"training.on_nonfinite={mode}")
     outcome = trainer.run(conf, folder / "run")
     step = outcome.metrics.first_nonfinite_step
@@ -267,6 +266,7 @@ def test_reference_backend_trains(folder):
 def test_global_generators_are_left_alone(folder):
     """Training seeds the global generators once and draws from neither."""
     trainer.run(config("scheduler.total_steps=12"), folder / "run")
-    after = np.random.get_state()[1].tolist()
-    np.random.seed(42)
-    assert after == np.random.get_state()[1].tolist()
+    after = np.random.random(), random.random()  # noqa: NPY002
+    np.random.seed(42)  # noqa: NPY002
+    random.seed(42)
+    assert after == (np.random.random(), random.random())  # noqa: NPY002

@@ -69,7 +69,7 @@ def model(config: Config) -> MiniGPT:
 @pytest.fixture
 def twin(peer: ModuleType, model: MiniGPT, tmp_path: Path) -> Any:
     """The twin with the same weights, through the model file."""
-    return peer.load_model(save_model(tmp_path, model.params, {"config": json.dumps(model.config.model_dump())}))
+    return peer.load_model(save_model(tmp_path, model.params, model.config))
 
 
 def tokens(array: np.ndarray[Any, Any]) -> Any:
@@ -112,9 +112,7 @@ def test_the_first_gradients_agree(
         np.testing.assert_allclose(gradient, theirs[name].numpy(), rtol=0, atol=1e-5 * scale, err_msg=name)
 
 
-def oracle_step(
-    peer: ModuleType, twin: Any, oracle: Any, lr: float, clip: float, batch: Batch
-) -> tuple[float, float]:
+def oracle_step(peer: ModuleType, twin: Any, oracle: Any, lr: float, clip: float, batch: Batch) -> tuple[float, float]:
     """As the twin's train_step, with minitrain's rule of clipping: PyTorch's own adds 1e-6 to the norm, not 1e-12."""
     for group in oracle.param_groups:
         group["lr"] = lr

@@ -31,14 +31,15 @@ cdef void scale(float *g, const double *factor, int64_t n) noexcept nogil:
         vstore_n(g + i, vmul(vload_n(g + i, n - i), f), n - i)
 
 
-# g = min(max(g, -limit), limit); NaN stays NaN
+# g = min(max(g, -limit), limit); NaN stays NaN, and a NaN limit makes everything NaN
 cdef void clamp(float *g, const double *limit, int64_t n) noexcept nogil:
     cdef int64_t i
     cdef V top = vset(<float>limit[0]), bottom = vset(-<float>limit[0]), x
+    cdef V one = vset(<float>limit[0] if limit[0] != limit[0] else <float>1.0)
     for i in range(0, n, 16):
         x = vload_n(g + i, n - i)
         x = vselect_gt(x, top, top, x)                   # a comparison with NaN is false, so x itself is kept
-        vstore_n(g + i, vselect_gt(bottom, x, bottom, x), n - i)
+        vstore_n(g + i, vmul(vselect_gt(bottom, x, bottom, x), one), n - i)
 
 
 # m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2

@@ -1,0 +1,233 @@
+"""The command line as a user meets it: what it prints, how it ends, what bad input leaves behind (nothing)."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from minitrain import trainer
+from minitrain.cli import main
+from minitrain.data.prepare import prepare
+from minitrain.run import RunFolder
+
+SHORT = [
+    "--set",
+    "scheduler.total_steps=30",
+    "--set",
+    "scheduler.warmup_steps=5",
+    "--set",
+    "training.checkpoint_every=10",
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer.report, "write", lambda *_: None)
+    return tmp_path
+
+
+def minitrain(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+
+
+def train(*arguments: str) -> Result:
+    return minitrain("train", *SHORT, "--out-dir", "run", *arguments)
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit code 2, one message with these words, no traceback, and no run folder."""
+    assert result.exit_code == 2, result.output
+    assert all(word in result.stderr for word in words), result.stderr
+    assert "Traceback" not in result.output
+    assert not Path("run").exists()
+
+
+def corpus() -> tuple[Path, Path]:
+    """The built-in corpus under names of our own."""
+    train, val = Path("mine/train.jsonl"), Path("mine/val.jsonl")
+    prepare(train, val, heldout_policy="verbs_4", vocab_size=64, max_seq_len=32, generate_missing=True)
+    Path("mine/MANIFEST.json").unlink()
+    return train, val
+
+
+def own_data(train: Path, val: Path) -> list[str]:
+    return ["--set", f"data.train_path={train}", "--set", f"data.val_path={val}"]
+
+
+def test_train_json_and_text():
+    """--json prints one object with the stable keys and nothing else; without it a person reads the perplexities."""
+    result = train("--json", "--seed", "7")
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout)
+    assert {"run_dir", "steps", "final_loss", "val_loss", "digest", "wall_clock_s"} <= set(answer)
+    assert result.stderr == ""
+    assert RunFolder.open(Path("run")).read_manifest()["seed"] == 7
+    text = minitrain("train", *SHORT).stdout
+    assert "validation perplexity" in text
+    assert "-> runs/default" in text
+    assert "-> runs/default-2" in minitrain("train", *SHORT).stdout
+
+
+def test_config_as_argument_and_as_option():
+    """`train my.yaml` and `train --config my.yaml` are the same; --set and --seed lie over the file."""
+    Path("my.yaml").write_text("training: {batch_size: 4, rng_seed: 1}\n")
+    for i, arguments in enumerate((["my.yaml"], ["--config", "my.yaml"])):
+        arguments = [*arguments, "--seed", "9", "--set", "training.batch_size=3"]
+        result = minitrain("train", *SHORT, *arguments, "--out-dir", f"run{i}")
+        assert result.exit_code == 0, result.output
+    manifests = [RunFolder(Path(f"run{i}")).read_manifest() for i in range(2)]
+    assert [m["config"]["training"]["batch_size"] for m in manifests] == [3, 3]
+    assert [m["seed"] for m in manifests] == [9, 9]
+    refused(train("my.yaml", "--config", "my.yaml"), "expected one configuration, got two")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("training.batchsize=4", ["training.batchsize", "unknown key", "did you mean 'batch_size'"]),
+        ("model.n_head=5", ["model.n_head", "model.d_model"]),
+        ("training.batch_size=many", ["training.batch_size", "expected an integer", "'many'"]),
+        ("optimizer.lr_max=-1", ["optimizer.lr_max", "expected a finite number", "-1"]),
+        ("scheduler.warmup_steps=31", ["scheduler.total_steps", "scheduler.warmup_steps"]),
+        ("data.train_path=nope.txt", ["nope.txt", "expected a data file, found none"]),
+        ("model.max_seq_len=8", ["expected at most 9 tokens", "raise model.max_seq_len", "train.jsonl, row"]),
+        ("training.rng_seed=-1", ["training.rng_seed", "0 to 4294967295"]),
+    ],
+)
+def test_bad_settings(setting, words):
+    """Unknown key, wrong type, impossible value, missing data, sentence over the context."""
+    refused(train("--set", setting), *words)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda text: b"", ["train.jsonl", "empty"]),
+        (lambda text: text[:-20], ["train.jsonl", "1760"]),
+        (lambda text: text.replace(b"She", b"S\xffe", 1), ["train.jsonl", "UTF-8"]),
+        (lambda text: text.replace(b'"verb": "walk"', b'"verb": "wlak"', 1), ["verb", "'wlak'", "did you mean 'walk'"]),
+        (lambda text: text.replace(b'"past_simple"', b'"pluperfect"', 1), ["tense", "pluperfect"]),
+    ],
+    ids=["empty", "torn", "bad-utf8", "unknown-verb", "unknown-tense"],
+)
+def test_bad_data(damage, words):
+    """An empty, torn, wrongly encoded or mislabelled data file is refused with the place."""
+    path, val = corpus()
+    path.write_bytes(damage(path.read_bytes()))
+    refused(train(*own_data(path, val)), *words)
+
+
+def test_out_dir_that_cannot_be():
+    """A file, a foreign folder, another run or an unwritable place is no out-dir; what is there stays as it was."""
+    Path("file").write_text("x")
+    refused(minitrain("train", *SHORT, "--out-dir", "file"), "file", "got a file")
+    refused(minitrain("train", *SHORT, "--out-dir", "file/run"), "cannot")
+    Path("full").mkdir()
+    Path("full/thesis.txt").write_text("x")
+    refused(minitrain("train", *SHORT, "--out-dir", "full"), "other files")
+    refused(minitrain("train", *SHORT, "--out-dir", "/proc/run"), "/proc")
+    assert train().exit_code == 0
+    before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
+    again = train()
+    assert again.exit_code == 2
+    assert "got another run (complete)" in again.stderr
+    assert before == {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
+
+
+def test_resume_refusals():
+    """Not a run, no out-dir, a complete run, another configuration, other data, a damaged checkpoint."""
+    refused(minitrain("train", "--resume"), "--resume: expected --out-dir")
+    refused(minitrain("train", "--resume", "--out-dir", "nowhere"), "expected a run folder", "no such folder")
+    Path("empty").mkdir()
+    refused(minitrain("train", "--resume", "--out-dir", "empty"), "no manifest.json")
+    assert train().exit_code == 0
+    assert "got a complete one" in train("--resume").stderr
+    Path("run/COMPLETE").unlink()
+    other = train("--resume", "--set", "training.batch_size=5")
+    assert other.exit_code == 2
+    assert "training.batch_size: 8 -> 5" in other.stderr
+    assert minitrain("train", "--resume", "--out-dir", "run", "--set", "training.threads=2").exit_code == 0
+
+    Path("run/COMPLETE").unlink()
+    checkpoint = Path("run/checkpoint.safetensors")
+    good = checkpoint.read_bytes()
+    for damaged, words in (
+        (good[:1000], "expected a readable checkpoint"),
+        (good[:-1] + bytes([good[-1] ^ 1]), "has been changed or damaged"),
+        (Path("run").glob("models/*").__next__().read_bytes(), "expected a checkpoint of format"),
+    ):
+        checkpoint.write_bytes(damaged)
+        result = minitrain("train", "--resume", "--out-dir", "run")
+        assert result.exit_code == 2
+        assert words in result.stderr
+    checkpoint.write_bytes(good)
+
+    manifest = Path("run/manifest.json")
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"data_manifest_hash": "', '"data_manifest_hash": "0'))
+    assert "expected the data that the run was made from" in minitrain("train", "--resume", "--out-dir", "run").stderr
+    manifest.write_text(text.replace('"schema_version": 1', '"schema_version": 99'))
+    assert "expected schema_version 1, got 99" in minitrain("train", "--resume", "--out-dir", "run").stderr
+    manifest.write_text(text[:100])
+    assert "expected the manifest of a run" in minitrain("train", "--resume", "--out-dir", "run").stderr
+
+
+def test_damaged_log_is_named():
+    """A line in the middle of the log that is no JSON stops the resume with its place."""
+    assert train().exit_code == 0
+    Path("run/COMPLETE").unlink()
+    log = Path("run/train_log.jsonl")
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([*lines[:3], "{rubbish}\n", *lines[4:]]))
+    result = minitrain("train", "--resume", "--out-dir", "run")
+    assert result.exit_code == 2
+    assert "train_log.jsonl:4: expected a JSON object" in result.stderr
+
+
+def test_disk_full(monkeypatch):
+    """No room for a checkpoint: one message, exit code 2, and the run resumes from the last that was written."""
+    write, count = trainer.save_checkpoint, [0]
+
+    def fails_the_second_time(*arguments, **names):
+        count[0] += 1
+        if count[0] == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", "run/checkpoint.safetensors")
+        write(*arguments, **names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", fails_the_second_time)
+        result = train()
+    assert result.exit_code == 2
+    assert "No space left on device" in result.stderr
+    resumed = minitrain("train", "--resume", "--out-dir", "run", "--json")
+    assert resumed.exit_code == 0, resumed.stderr
+
+
+def test_nonfinite_ends_with_1():
+    """A run that went non-finite says at which step and ends with 1."""
+    result = train("--set", "optimizer.lr_max=1e30", "--set", "optimizer.clip=null")
+    assert result.exit_code == 1
+    assert "not finite at step" in result.stdout
+
+
+def test_wrong_names_get_a_hint():
+    """A wrong command or option: exit code 2 and the nearest right one."""
+    assert "Did you mean 'train'" in minitrain("trian").stderr
+    result = minitrain("train", "--outdir", "x")
+    assert result.exit_code == 2
+    assert "--out-dir" in result.stderr
+
+
+def test_selftest_and_version(monkeypatch):
+    """`selftest` confirms the golden digests; on other bits it says so and ends with 1."""
+    monkeypatch.setattr("minitrain.selftest.GOLDEN", {0: "0b3ad252bf127c43a59507ede321c765", 1: "other"})
+    result = minitrain("selftest", "--threads", "2")
+    assert result.exit_code == 1
+    assert "as expected" in result.stdout
+    assert "expected other" in result.stdout
+    assert "numerics 1" in minitrain("--version").stdout
