@@ -171,8 +171,10 @@ class Bench:
             stdout=subprocess.DEVNULL,
         )
         _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
         wall = perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args)
         results = json.loads((out / "results.json").read_text())
         unit = 1 if sys.platform == "darwin" else 1024
         return {"wall": wall, "training": results["wall_clock_s"], "rss_mb": usage.ru_maxrss * unit / 1e6}

@@ -80,6 +80,7 @@ def load_checkpoint(path: Path, params: Tensors, m: Tensors, v: Tensors) -> dict
 def save_model(folder: Path, params: Tensors, config: ModelConfig) -> Path:
     """Write the parameters alone, under their own names, as ``minigpt-<start of their digest>.safetensors``."""
     about = {"format": MODEL_FORMAT, "model": config.model_dump()}
+    folder.mkdir(exist_ok=True)
     path = folder / f"minigpt-{digest(params.flat)[:12]}.safetensors"
     write_atomic(path, save({name: np.ascontiguousarray(t) for name, t in params.items()}, _metadata(about)))
     return path

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +128,7 @@ def train(
 
 
 @main.command()
-@click.option("--threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Threads; the bits do not depend on them.")
+@click.option("--threads", type=click.IntRange(1, 64), default=1, show_default=True, help="No bit depends on them.")
 def selftest(threads: int) -> None:
     """Check this installation: 500 default steps must give the known bits.
 
@@ -227,6 +228,7 @@ class Progress:
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
             TimeRemainingColumn(compact=True),
+            TextColumn("left"),
         )
         self._bar = Bar(*columns, console=Console(stderr=True), refresh_per_second=8)
         self._task = self._bar.add_task("", total=self._total)
@@ -240,8 +242,6 @@ class Progress:
     def stepped(self, stats: Any, state: Any) -> None:
         if not self._visible:
             return
-        from time import perf_counter
-
         self._tokens += stats.tokens
         if state.step % self._every and state.step != self._total:
             return
@@ -252,7 +252,7 @@ class Progress:
         self._bar.update(self._task, completed=state.step, description=text)
 
     def validated(self, step: int, result: Any) -> None:
-        pass
+        self._tokens, self._clock = 0, perf_counter()  # the rate is that of training
 
 
 if os.name != "posix":  # pragma: no cover - the threads and the signals are POSIX

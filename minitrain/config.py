@@ -170,9 +170,7 @@ class Config(_Section):
     data: DataConfig = Field(default_factory=DataConfig)
 
 
-_KEYS = {
-    name: cast(type[_Section], field.annotation).model_fields for name, field in Config.model_fields.items()
-}
+_KEYS = {name: cast(type[_Section], field.annotation).model_fields for name, field in Config.model_fields.items()}
 """The fields of each section, by key."""
 
 

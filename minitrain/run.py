@@ -52,7 +52,7 @@ class RunFolder:
         """A new, empty folder. Raises RunError if something stands there already or it cannot be written."""
         cls.require_free(path)
         try:
-            (path / "models").mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"--out-dir {path}: expected a folder that can be written, got: {error.strerror}") from error
         return cls(path)
@@ -62,7 +62,7 @@ class RunFolder:
         """Raises RunError if a run cannot begin at ``path``; writes nothing."""
         if path.exists() and not path.is_dir():
             raise RunError(f"--out-dir {path}: expected a folder or a new path, got a file; choose another")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(p for p in path.iterdir() if p.suffix != ".partial"):
             if not (path / "manifest.json").exists():
                 raise RunError(f"--out-dir {path}: expected an empty folder, got one with other files; choose another")
             state = "complete" if (path / "COMPLETE").exists() else "unfinished; --resume goes on with it"
@@ -179,7 +179,7 @@ class LogWriter:
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line and what it says; a torn last line, as a crash leaves it, is none. Raises RunError for a damaged one."""
+    """Each line and what it says, without a last one that a crash tore. Raises RunError for a damaged line."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if not line.endswith("\n"):

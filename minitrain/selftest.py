@@ -7,13 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minitrain.config import Config
-from minitrain.data.batches import TrainBatches
 from minitrain.data.prepare import prepare
 from minitrain.loop import train_step
-from minitrain.model import MiniGPT, make_backend
-from minitrain.optim import AdamW
-from minitrain.schedule import Scheduler
-from minitrain.state import State
+from minitrain.trainer import assemble
 
 GOLDEN = {
     0: "0b3ad252bf127c43a59507ede321c765",
@@ -26,6 +22,7 @@ GOLDEN = {
 def digests(threads: int = 1) -> Iterator[tuple[int, str, str]]:
     """(t, digest found, digest expected) for each golden state."""
     config = Config()
+    training = config.training.model_copy(update={"threads": threads})
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(
             Path(folder) / "train.jsonl",
@@ -35,12 +32,8 @@ def digests(threads: int = 1) -> Iterator[tuple[int, str, str]]:
             max_seq_len=config.model.max_seq_len,
             generate_missing=True,
         )
-    backend = make_backend("compiled", threads)
-    model = MiniGPT(config.model, seed=config.training.rng_seed, backend=backend)
-    optimizer, scheduler = AdamW(config.optimizer, backend=backend), Scheduler.from_config(config)
-    batches = TrainBatches(data.train, config.training.batch_size, config.training.data_seed)
-    m, v = optimizer.bind(model.params, model.grads)
+    parts = assemble(config.model_copy(update={"training": training}), data)
     for step in range(max(GOLDEN) + 1):
         if step in GOLDEN:
-            yield step, State(step, model.params, m, v).digest(), GOLDEN[step]
-        train_step(model, optimizer, scheduler, batches.batch_at(step))
+            yield step, parts.state().digest(), GOLDEN[step]
+        train_step(parts.model, parts.optimizer, parts.scheduler, parts.batches.batch_at(step))

@@ -54,6 +54,39 @@ def prepare_data(config: Config) -> Prepared:
     )
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration is made into, at state 0."""
+
+    batches: TrainBatches
+    validation: EvalBatches
+    model: MiniGPT
+    optimizer: AdamW
+    scheduler: Scheduler
+
+    def state(self) -> State:
+        """The live state."""
+        m, v = self.optimizer.bind(self.model.params, self.model.grads)
+        return State(self.scheduler.step_count, self.model.params, m, v)
+
+    def go_to(self, step: int) -> None:
+        """Go on at ``step``, whose parameters and moments have been loaded."""
+        self.scheduler.step_count = self.optimizer.updates = step
+
+
+def assemble(config: Config, data: Prepared) -> Parts:
+    """Batches, model, optimizer and scheduler as configured."""
+    training = config.training
+    backend = make_backend(training.backend, training.threads)
+    return Parts(
+        batches=TrainBatches(data.train, training.batch_size, training.data_seed, config.data.batching),
+        validation=EvalBatches(data.val, training.batch_size),
+        model=MiniGPT(config.model, seed=training.rng_seed, backend=backend),
+        optimizer=AdamW(config.optimizer, backend=backend),
+        scheduler=Scheduler.from_config(config),
+    )
+
+
 def run(
     config: Config,
     out_dir: Path,
@@ -69,57 +102,29 @@ def run(
     """
     started = time.perf_counter()
     if resume:
-        folder = RunFolder.open(out_dir)
-        folder.require_config(config)
-        if folder.complete.exists():
-            raise RunError(
-                f"--resume {out_dir}: expected an unfinished run, got a complete one; start a new one with --out-dir"
-            )
+        folder = unfinished(out_dir, config)
+        data = prepare_data(config)
+        require_data(folder, data)
     else:
         RunFolder.require_free(out_dir)
-    data = prepare_data(config)
-    if resume and folder.read_manifest()["data_manifest_hash"] != data.manifest_hash:
-        raise RunError(
-            f"--resume {out_dir}: expected the data that the run was made from (data_manifest_hash in "
-            f"{folder.manifest}), got other files at {config.data.train_path}; restore them"
-        )
-    batches = TrainBatches(data.train, config.training.batch_size, config.training.data_seed, config.data.batching)
-    validation = EvalBatches(data.val, config.training.batch_size)
-    backend = make_backend(config.training.backend, config.training.threads)
-    model = MiniGPT(config.model, seed=config.training.rng_seed, backend=backend)
-    optimizer = AdamW(config.optimizer, backend=backend)
-    scheduler = Scheduler.from_config(config)
-    m, v = optimizer.bind(model.params, model.grads)
+        data = prepare_data(config)
+    parts = assemble(config, data)
     if not resume:
         folder = RunFolder.create(out_dir)
-        write_json(folder.manifest, manifest(config, data, model, command_line))
         write_atomic(folder.config, to_yaml(config))
         write_atomic(folder.tokenizer, data.tokenizer.to_json())
+        write_json(folder.manifest, manifest(config, data, parts.model, command_line))
     elif folder.checkpoint.exists():
-        scheduler.step_count = load_checkpoint(folder.checkpoint, model.params, m, v)["step"]
-        optimizer.updates = scheduler.step_count
-
-    def save(state: State) -> None:
-        streams = {
-            "training_control": {"seed": config.training.rng_seed, "purpose": Purpose.DROPOUT.name, "step": state.step},
-            "data": {
-                "seed": config.training.data_seed,
-                "purpose": Purpose.SHUFFLE.name,
-                **batches.position(state.step),
-            },
-        }
-        save_checkpoint(folder.checkpoint, state, config_hash=config_hash(config), streams=streams)
-
-    log = LogWriter(folder.log, scheduler.step_count)
+        state = parts.state()
+        parts.go_to(load_checkpoint(folder.checkpoint, state.params, state.m, state.v)["step"])
+    keeper = Keeper(folder, config, parts)
     try:
-        keeper = Keeper(log, save, config.training.checkpoint_every, math.log(config.model.vocab_size))
-        earlier = {line["step"]: line for line in folder.log_lines() if line.get("val_loss") is not None}
         metrics = train(
-            model,
-            optimizer,
-            scheduler,
-            batches,
-            validation,
+            parts.model,
+            parts.optimizer,
+            parts.scheduler,
+            parts.batches,
+            parts.validation,
             config.scheduler.total_steps,
             config.training.val_every,
             config.training.log_every,
@@ -128,37 +133,54 @@ def run(
             on_nonfinite=config.training.on_nonfinite,
             stop=stop,
         )
-        log.sync()
+        if metrics.ended != "nonfinite":  # else the last finite checkpoint stays
+            keeper.save(parts.state())
     finally:
-        log.close()
-    metrics.validations = {
-        s: Evaluation(x["val_loss"], x["val_ppl"], 0) for s, x in earlier.items()
-    } | metrics.validations
-    final = State(metrics.steps, model.params, m, v)
-    wall_clock = time.perf_counter() - started
-    if metrics.ended == "interrupted":
-        save(final)
-        return Outcome(folder, metrics, {}, final.digest(), wall_clock)
-    results = summary(
-        config, data, metrics, evaluate(model, EvalBatches(data.train, config.training.batch_size)), keeper, wall_clock
-    )
+        keeper.close()
+    metrics.validations = keeper.earlier | metrics.validations
+    results = {} if metrics.ended == "interrupted" else finish(folder, config, data, parts, metrics, keeper, started)
+    return Outcome(folder, metrics, results, parts.state().digest(), time.perf_counter() - started)
+
+
+def unfinished(out_dir: Path, config: Config) -> RunFolder:
+    """The run to resume. Raises RunError if it is none, complete, or made by another configuration."""
+    folder = RunFolder.open(out_dir)
+    folder.require_config(config)
+    if folder.complete.exists():
+        raise RunError(
+            f"--resume {out_dir}: expected an unfinished run, got a complete one; start a new one with --out-dir"
+        )
+    return folder
+
+
+def require_data(folder: RunFolder, data: Prepared) -> None:
+    """Raises RunError unless these are the data that the run was made from."""
+    if folder.read_manifest()["data_manifest_hash"] != data.manifest_hash:
+        raise RunError(
+            f"--resume {folder.path}: expected the data that the run was made from (data_manifest_hash in "
+            f"{folder.manifest}), got other files; restore them"
+        )
+
+
+def finish(
+    folder: RunFolder, config: Config, data: Prepared, parts: Parts, metrics: Metrics, keeper: Keeper, started: float
+) -> dict[str, Any]:
+    """Write what a finished run leaves, the marker COMPLETE last, and return its results."""
+    on_train = evaluate(parts.model, EvalBatches(data.train, config.training.batch_size))
+    results = summary(data, metrics, on_train, keeper.alerts, time.perf_counter() - started)
     if metrics.ended == "complete":
-        save(final)
-        path = save_model(folder.models, model.params, config.model)
+        path = save_model(folder.models, parts.model.params, config.model)
         results["model"] = str(path.relative_to(folder.path))
-    write_json(folder.results, finite_or_none(results))
-    digest = final.digest()
-    ending = {
-        "ended": metrics.ended,
-        "steps": metrics.steps,
-        "digest": digest,
-        "first_nonfinite_step": metrics.first_nonfinite_step,
-    }
+    digest = parts.state().digest()
+    ending = {key: results[key] for key in ("ended", "steps", "first_nonfinite_step")} | {"digest": digest}
     write_json(folder.manifest, {**folder.read_manifest(), "outcome": ending})
-    report.write(folder, config, results, data.baseline["best_perplexity"])
+    report.write_curve(folder, config, results, data.baseline["best_perplexity"])
+    results["peak_rss_mb"] = peak_rss_mb()
+    report.write_page(folder, config, results, data.baseline["best_perplexity"])
+    write_json(folder.results, finite_or_none(results))
     if metrics.ended == "complete":
         write_atomic(folder.complete, digest + "\n")
-    return Outcome(folder, metrics, results, digest, wall_clock)
+    return results
 
 
 class Keeper:
@@ -168,10 +190,14 @@ class Keeper:
     """Of ln V: a loss that stays above it is a run near chance (4.0 at a vocabulary of 64)."""
     WINDOW = 200
 
-    def __init__(self, log: LogWriter, save: Callable[[State], None], every: int, ln_vocab: float) -> None:
+    def __init__(self, folder: RunFolder, config: Config, parts: Parts) -> None:
+        """Go on with the log at the current step."""
         self.alerts: list[str] = []
-        self._log, self._save, self._every = log, save, every
-        self._chance = self.PLATEAU * ln_vocab
+        self._folder, self._config, self._parts = folder, config, parts
+        self._log = LogWriter(folder.log, parts.scheduler.step_count)
+        self.earlier = {line["step"]: _evaluation(line) for line in folder.log_lines() if "val_loss" in line}
+        """The validations of the processes before this one."""
+        self._chance = self.PLATEAU * math.log(config.model.vocab_size)
         self._low = math.inf
         self._steps = 0
 
@@ -184,14 +210,31 @@ class Keeper:
             self.alerts.append(
                 f"not learning: debug before scaling up (no loss below {self._chance:.2f} in {self.WINDOW} steps)"
             )
-        if state.step % self._every == 0 and stats.finite:
-            self._log.sync()
-            self._save(state)
+        if state.step % self._config.training.checkpoint_every == 0 and stats.finite:
+            self.save(state)
             self._log.skip_time()
 
     def validated(self, step: int, result: Evaluation) -> None:
         self._log.validation(step, result.loss, result.perplexity)
         self._log.skip_time()
+
+    def save(self, state: State) -> None:
+        """A checkpoint, and before it the log up to there."""
+        self._log.sync()
+        training = self._config.training
+        control = {"seed": training.rng_seed, "purpose": Purpose.DROPOUT.name, "step": state.step}
+        order = {"seed": training.data_seed, "purpose": Purpose.SHUFFLE.name}
+        streams = {"training_control": control, "data": order | self._parts.batches.position(state.step)}
+        save_checkpoint(self._folder.checkpoint, state, config_hash=config_hash(self._config), streams=streams)
+
+    def close(self) -> None:
+        self._log.close()
+
+
+def _evaluation(line: dict[str, Any]) -> Evaluation:
+    """A validation line of the log, where null stands for NaN."""
+    loss = math.nan if line["val_loss"] is None else line["val_loss"]
+    return Evaluation(loss, perplexity(loss), 0)
 
 
 def manifest(config: Config, data: Prepared, model: MiniGPT, command_line: Sequence[str]) -> dict[str, Any]:
@@ -219,7 +262,7 @@ def manifest(config: Config, data: Prepared, model: MiniGPT, command_line: Seque
 
 
 def summary(
-    config: Config, data: Prepared, metrics: Metrics, on_train: Evaluation, keeper: Keeper, wall_clock: float
+    data: Prepared, metrics: Metrics, on_train: Evaluation, alerts: list[str], wall_clock_s: float
 ) -> dict[str, Any]:
     """results.json. Perplexities are over whole splits with the final parameters."""
     last = metrics.validations.get(metrics.steps)
@@ -240,9 +283,8 @@ def summary(
         "ngram_best_n": data.baseline["best_n"],
         "beats_baseline": val_ppl < baseline,
         "ppl_improvement_pct": 100 * (baseline - val_ppl) / baseline,
-        "alerts": keeper.alerts,
-        "wall_clock_s": round(wall_clock, 3),
-        "peak_rss_mb": peak_rss_mb(),
+        "alerts": alerts,
+        "wall_clock_s": round(wall_clock_s, 3),
     }
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the oracles' products are tiny, and their threads would fight over the cores
+
 import numpy as np
 import pytest
-
 from minitrain._ext import engine
 from minitrain._ext.plan import Backend, CompiledBackend, ReferenceBackend, call
 from minitrain._ext.signatures import SIGNATURES
+
 from minitrain.config import ModelConfig
 from minitrain.tensors import canonical_bits
 
@@ -224,11 +227,15 @@ def odd_config() -> ModelConfig:
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., Any]:
     """``run_python(code, cwd=…, **environment)`` in a new interpreter: its CompletedProcess."""
-    import subprocess
 
     def run(code: str, cwd: Any = None, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", code], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", code],
+            cwd=cwd,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
 
     return run

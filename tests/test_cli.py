@@ -27,7 +27,8 @@ SHORT = [
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trainer.report, "write", lambda *_: None)
+    for picture in ("write_curve", "write_page"):
+        monkeypatch.setattr(trainer.report, picture, lambda *_: None)
     return tmp_path
 
 

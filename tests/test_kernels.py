@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from minitrain._ext import engine, reference
 from minitrain._ext.plan import ReferenceBackend, call
 from minitrain._ext.signatures import SIGNATURES
@@ -78,7 +77,7 @@ def natural_size(kernel: str, output: str, expected: np.ndarray, arguments: list
     """What an error is measured against; for most kernels max |expected|, but at least 1 because inputs of size 1
     may cancel."""
     if kernel in SUMS:
-        absolute = [a if a is None else abs(a) if not isinstance(a, np.ndarray) or a.dtype.kind == "f" else a for a in arguments]
+        absolute = [a if a is None or np.asarray(a).dtype.kind != "f" else abs(a) for a in arguments]
         return kernels.run(DOUBLE, kernel, absolute)[output]
     size = np.maximum(np.nanmax(np.abs(expected), initial=0), 1)
     if kernel == "layernorm_forward":  # rows of nearly equal values: what is left of x - mean is divided by almost 0
@@ -89,7 +88,7 @@ def natural_size(kernel: str, output: str, expected: np.ndarray, arguments: list
 
 
 @pytest.mark.parametrize("kernel", SIGNATURES)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=50)
 @given(data=st.data(), seed=seeds)
 def test_against_the_twin(kernel, kernels, isa_backend, data, seed):
     """For any shape and any optional argument, every element of every output is written, and is the twin's in
@@ -111,7 +110,7 @@ HARSH = (np.nan, np.inf, -np.inf, 3e38, -3e38)
 
 
 @pytest.mark.parametrize("kernel", SIGNATURES)
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data(), seed=seeds, values=st.sampled_from([(), GENTLE, HARSH, GENTLE + HARSH]))
 def test_same_bits(kernel, kernels, backends, data, seed, values):
     """Outputs are equal bit for bit over all instruction sets and 1, 2, 3 threads, whatever stands in the inputs:
@@ -174,7 +173,9 @@ def linear(rng: np.random.Generator) -> Case:
 def layernorm(rng: np.random.Generator) -> Case:
     x, dy, dresidual = (rng.standard_normal((2, 3, 7)) for _ in range(3))
     gamma, beta = rng.standard_normal((2, 7))
-    y, dx, mean, rstd, part = np.empty_like(x), np.empty_like(x), np.empty((2, 3)), np.empty((2, 3)), np.empty((2, 2, 7))
+    y, dx = np.empty((2, 2, 3, 7))
+    mean, rstd = np.empty((2, 2, 3))
+    part = np.empty((2, 2, 7))
 
     def loss() -> float:
         twin("layernorm_forward", y, mean, rstd, x, gamma, beta, 1e-5)
@@ -303,4 +304,4 @@ def test_gradients_of_the_twins(family, seed):
 def test_every_backward_kernel_is_in_a_family():
     """A backward kernel that no finite difference has seen would be an oracle on trust."""
     source = "".join(inspect.getsource(f) for f in FAMILIES)
-    assert [name for name in SIGNATURES if "backward" in name and f'"{name}"' not in source and name != "gelu_backward"] == []
+    assert not [name for name in SIGNATURES if "backward" in name and f'"{name}"' not in source]

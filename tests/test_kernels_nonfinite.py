@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from minitrain._ext.plan import ReferenceBackend
 from minitrain._ext.signatures import SIGNATURES
 
 DOUBLE = ReferenceBackend(np.float64)
 INF = np.inf
+Place = tuple[int, ...]
 
 # Where infinity may rightly vanish. The twin must say so as well: these are no excuses for the engine alone.
 VANISHES = {
@@ -64,14 +64,14 @@ def plausible(kernel: str, kernels: Any, data: st.DataObject, seed: int, argumen
     raise AssertionError(f"{kernel} never reads {argument}")
 
 
-def with_value(arguments: list[Any], position: int, place: tuple[int, ...], value: float) -> list[Any]:
+def with_value(arguments: list[Any], position: int, place: Place, value: float) -> list[Any]:
     changed = list(arguments)
     changed[position] = arguments[position].copy()
     changed[position][place] = value
     return changed
 
 
-def dependents(kernel: str, kernels: Any, arguments: list[Any], position: int, place: tuple[int, ...]) -> dict[str, Any]:
+def dependents(kernel: str, kernels: Any, arguments: list[Any], position: int, place: Place) -> dict[str, Any]:
     """For each output, which elements change with one input element: by a little or by much."""
     before = kernels.run(DOUBLE, kernel, arguments)
     x = float(arguments[position][place])
@@ -83,7 +83,7 @@ def dependents(kernel: str, kernels: Any, arguments: list[Any], position: int, p
     return changed
 
 
-def draw_place(kernel: str, argument: str, array: np.ndarray, rng: np.random.Generator) -> tuple[int, ...]:
+def draw_place(kernel: str, argument: str, array: np.ndarray, rng: np.random.Generator) -> Place:
     place = [int(rng.integers(n)) for n in array.shape]
     if (kernel, argument) == ("attention_backward", "p"):  # zeros above the diagonal by contract, and not read there
         place[3] = min(place[2:])
@@ -93,7 +93,7 @@ def draw_place(kernel: str, argument: str, array: np.ndarray, rng: np.random.Gen
 
 
 @pytest.mark.parametrize(("kernel", "argument"), PAIRS)
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_what_is_not_finite_comes_out(kernel, argument, kernels, backends, data, seed):
     """Every output element that depends on a NaN is NaN. Of those that depend on an infinity at least one is not
@@ -150,7 +150,8 @@ def test_the_mean_of_no_token_is_nan(kernels, isa_backend):
     """0 / 0: an empty mask has no mean, and is not silently a loss of 0; its gradient is 0."""
     losses, mask = np.ones((1, 3), np.float32), np.zeros((1, 3), np.uint8)
     assert np.isnan(kernels.run(isa_backend, "mean_loss", [np.zeros(3), losses, mask])["result"][0])
-    softmax, targets, result = np.full((1, 3, 4), 0.25, np.float32), np.zeros((1, 3), np.int32), np.array([np.nan, 0, 0])
+    softmax, targets = np.full((1, 3, 4), 0.25, np.float32), np.zeros((1, 3), np.int32)
+    result = np.array([np.nan, 0, 0])
     arguments = [np.empty_like(softmax), softmax, targets, mask, result]
     assert not kernels.run(isa_backend, "cross_entropy_backward", arguments)["dlogits"].any()
 

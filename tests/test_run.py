@@ -112,7 +112,8 @@ def test_resumed_equals_uninterrupted(tmp_path_factory, stop, dropout, tied, see
     place = tmp_path_factory.mktemp("resume")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(trainer.report, "write", lambda *_: None)  # the picture costs more than the training
+        for picture in ("write_curve", "write_page"):  # the picture costs more than the training
+            patch.setattr(trainer.report, picture, lambda *_: None)
         conf = config(f"training.rng_seed={seed}", f"model.dropout={dropout}", f"model.tie_weights={str(tied).lower()}")
         whole = trainer.run(conf, place / "whole")
         halt = StopAt(stop)

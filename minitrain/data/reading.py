@@ -120,9 +120,7 @@ def _content(path: Path) -> str:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: expected a data file, found none; correct data.train_path or data.val_path"
-        ) from None
+        raise DataError(f"{path}: expected a data file, found none; correct data.train_path or data.val_path") from None
     except OSError as error:
         raise DataError(
             f"{path}: expected a file that can be read, got an error ({error.strerror}); "
@@ -151,9 +149,7 @@ def _record(path: Path, number: int, line: str) -> _Record:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: expected one JSON object, got {_short(line)} ({error}); correct the line"
-        ) from None
+        raise DataError(f"{where}: expected one JSON object, got {_short(line)} ({error}); correct the line") from None
     if not isinstance(fields, dict):
         raise DataError(f'{where}: expected one JSON object, got {_short(line)}; write {{"text": "..."}}')
     if isinstance(fields.get("id"), str):
@@ -243,8 +239,7 @@ def _distinct(path: Path, samples: list[Sample]) -> list[Sample]:
     for sample in samples:
         if sample.id in seen:
             raise DataError(
-                f"{path}, row {sample.id!r}, field id: expected an id of its own, got one that stands twice; "
-                "rename one"
+                f"{path}, row {sample.id!r}, field id: expected an id of its own, got one that stands twice; rename one"
             )
         seen.add(sample.id)
     return samples
