@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-from minitrain._ext import engine, reference
-from minitrain._ext.signatures import SIGNATURES, SPLITS
 from numpy.typing import NDArray
 
+from minitrain._ext import engine, reference
+from minitrain._ext.signatures import SIGNATURES, SPLITS
 from minitrain.errors import MinitrainError
 
 

@@ -30,13 +30,13 @@ import numpy as np
 
 from minitrain._ext import engine
 from minitrain._ext.signatures import NUMERICS_VERSION
+from minitrain.assembly import prepare_data
 from minitrain.checkpoint import save_model
 from minitrain.config import Config, config_from
 from minitrain.data.batches import Batch, TrainBatches
 from minitrain.environment import hardware, versions
 from minitrain.model import MiniGPT
 from minitrain.schedule import Scheduler
-from minitrain.trainer import prepare_data
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE.parent / "build" / "bench-venv"

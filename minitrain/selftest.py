@@ -6,10 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from minitrain.assembly import assemble
 from minitrain.config import Config
 from minitrain.data.prepare import prepare
 from minitrain.loop import train_step
-from minitrain.trainer import assemble
 
 GOLDEN = {
     0: "0b3ad252bf127c43a59507ede321c765",

@@ -13,19 +13,18 @@ from typing import Any
 
 from minitrain import report
 from minitrain._ext.signatures import NUMERICS_VERSION
+from minitrain.assembly import Parts, assemble, prepare_data
 from minitrain.checkpoint import load_checkpoint, save_checkpoint, save_model
 from minitrain.config import Config, config_hash, to_yaml
-from minitrain.data.batches import EvalBatches, TrainBatches
-from minitrain.data.prepare import Prepared, prepare
+from minitrain.data.batches import EvalBatches
+from minitrain.data.prepare import Prepared
 from minitrain.environment import git_state, hardware, peak_rss_mb, versions
 from minitrain.errors import RunError
 from minitrain.files import write_atomic, write_json
 from minitrain.loop import Evaluation, Listener, Metrics, StepStats, evaluate, perplexity, train
-from minitrain.model import MiniGPT, make_backend
-from minitrain.optim import AdamW
+from minitrain.model import MiniGPT
 from minitrain.rng import Purpose
 from minitrain.run import SCHEMA_VERSION, LogWriter, RunFolder
-from minitrain.schedule import Scheduler
 from minitrain.state import State
 
 
@@ -38,53 +37,6 @@ class Outcome:
     results: dict[str, Any]
     digest: str
     wall_clock_s: float
-
-
-def prepare_data(config: Config) -> Prepared:
-    """The data that the configuration names; the built-in corpus is generated where its files are missing."""
-    named = config.data.named_paths()
-    own_text_only = config.data.train_path in named and config.data.val_path not in named
-    return prepare(
-        Path(config.data.train_path),
-        None if own_text_only else Path(config.data.val_path),
-        heldout_policy=config.data.heldout_policy,
-        vocab_size=config.model.vocab_size,
-        max_seq_len=config.model.max_seq_len,
-        generate_missing=not named,
-    )
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a configuration is made into, at state 0."""
-
-    batches: TrainBatches
-    validation: EvalBatches
-    model: MiniGPT
-    optimizer: AdamW
-    scheduler: Scheduler
-
-    def state(self) -> State:
-        """The live state."""
-        m, v = self.optimizer.bind(self.model.params, self.model.grads)
-        return State(self.scheduler.step_count, self.model.params, m, v)
-
-    def go_to(self, step: int) -> None:
-        """Go on at ``step``, whose parameters and moments have been loaded."""
-        self.scheduler.step_count = self.optimizer.updates = step
-
-
-def assemble(config: Config, data: Prepared) -> Parts:
-    """Batches, model, optimizer and scheduler as configured."""
-    training = config.training
-    backend = make_backend(training.backend, training.threads)
-    return Parts(
-        batches=TrainBatches(data.train, training.batch_size, training.data_seed, config.data.batching),
-        validation=EvalBatches(data.val, training.batch_size),
-        model=MiniGPT(config.model, seed=training.rng_seed, backend=backend),
-        optimizer=AdamW(config.optimizer, backend=backend),
-        scheduler=Scheduler.from_config(config),
-    )
 
 
 def run(

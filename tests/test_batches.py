@@ -37,9 +37,7 @@ def labelled(n: int, every: int = 37) -> Dataset:
     return dataset(n, tuple(ROWS[number * every % len(ROWS)] for number in range(n)))
 
 
-@given(
-    n=sizes, batch_size=st.integers(1, 50), seed=seeds, batching=st.sampled_from(["shuffle", "stratified"])
-)
+@given(n=sizes, batch_size=st.integers(1, 50), seed=seeds, batching=st.sampled_from(["shuffle", "stratified"]))
 def test_each_epoch_visits_each_sample_once(n: int, batch_size: int, seed: int, batching: str):
     """The batches laid end to end and cut at n, 2n, 3n are permutations, wherever batches end."""
     batches = TrainBatches(labelled(n), batch_size, seed, batching)
@@ -67,9 +65,7 @@ def test_position(n: int, batch_size: int, step: int):
 
 def test_seeds_and_epochs_differ():
     """Another seed and another epoch give another order."""
-    orders = [
-        TrainBatches(dataset(40), 40, seed).rows_at(step).tolist() for seed in (1, 2) for step in (0, 1)
-    ]
+    orders = [TrainBatches(dataset(40), 40, seed).rows_at(step).tolist() for seed in (1, 2) for step in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
 
 

@@ -134,9 +134,7 @@ def test_yaml_round_trip(scratch, config):
     assert differing_keys(config, back) == []
 
 
-@given(
-    st.text(st.characters(codec="utf-8"), max_size=40) | st.text("{}[]:,-?&*!|>'\"%@#\n az1.", max_size=40)
-)
+@given(st.text(st.characters(codec="utf-8"), max_size=40) | st.text("{}[]:,-?&*!|>'\"%@#\n az1.", max_size=40))
 @settings(max_examples=100, deadline=None)
 def test_any_text_is_a_config_or_a_config_error(scratch, text):
     """No text, as a file or as an override, raises anything but ConfigError."""
@@ -355,8 +353,7 @@ def test_named_paths():
 
 
 ANOTHER = {
-    "model": "n_layer=3 n_head=2 d_model=128 d_ff=3 vocab_size=65 max_seq_len=33 dropout=0.5 "
-    "tie_weights=false",
+    "model": "n_layer=3 n_head=2 d_model=128 d_ff=3 vocab_size=65 max_seq_len=33 dropout=0.5 tie_weights=false",
     "optimizer": "lr_max=1 lr_min=0 beta1=0 beta2=0 eps=1 weight_decay=0 clip=null clip_value=100",
     "scheduler": "type=step warmup_steps=0 total_steps=3000 step_size=9 gamma=1",
     "training": "batch_size=16 val_every=7 log_every=7 rng_seed=1 data_seed=1 checkpoint_every=7 "

@@ -37,9 +37,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_prepare(
-    folder: Path, train: str = "train.jsonl", val: str | None = "val.jsonl", **changes
-) -> Prepared:
+def run_prepare(folder: Path, train: str = "train.jsonl", val: str | None = "val.jsonl", **changes) -> Prepared:
     """`prepare` with the defaults of a run."""
     defaults = {"heldout_policy": "verbs_4", "vocab_size": 64, "max_seq_len": 32, "generate_missing": True}
     return prepare(folder / train, None if val is None else folder / val, **(defaults | changes))
@@ -58,9 +56,7 @@ def refusal(action, *arguments, **settings) -> str:
 def test_default_corpus_is_pinned(folder: Path):
     """One seed gives one corpus on every machine; its hash changes only with the generator's version."""
     manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
-    assert manifest["data_manifest_hash"] == (
-        "1ec875254b4487473391d07bfec105f7347676ab70cf61a1f474cb43ccd8ea93"
-    )
+    assert manifest["data_manifest_hash"] == ("1ec875254b4487473391d07bfec105f7347676ab70cf61a1f474cb43ccd8ea93")
 
 
 @settings(max_examples=20, deadline=None)
@@ -72,9 +68,7 @@ def test_corpus_laws(seed: int, policy: str):
     train, val = split(rows, policy, seed)
     assert len({row.id for row in rows}) == len(rows) == len(train) + len(val)
     assert max(len(row.text) for row in rows) <= 39
-    assert all(
-        row.text[slice(*row.verb_span)] == conjugate(VERBS[row.verb], row.tense, row.person) for row in rows
-    )
+    assert all(row.text[slice(*row.verb_span)] == conjugate(VERBS[row.verb], row.tense, row.person) for row in rows)
     assert 0.2 <= len(val) / len(rows) <= 0.25
     assert 1 <= sum(row.text == PROBE for row in train) <= 5
     check_splits(Path("train"), train, Path("val"), val)
@@ -122,9 +116,7 @@ def test_generate_refuses(folder: Path):
     """Unknown policy, two folders, other content in the way, a folder that is a file."""
     train, val = folder / "train.jsonl", folder / "val.jsonl"
     assert "did you mean 'verbs_4'?" in refusal(generate, train, val, 7, "verb_4")
-    assert "two files of one folder" in refusal(
-        generate, train, folder / "deeper" / "val.jsonl", 7, "verbs_4"
-    )
+    assert "two files of one folder" in refusal(generate, train, folder / "deeper" / "val.jsonl", 7, "verbs_4")
     assert "is not overwritten" in refusal(generate, train, val, 8, "verbs_4")
     assert "cannot be written" in refusal(generate, train / "a", train / "b", 7, "verbs_4")
 
@@ -320,9 +312,7 @@ def test_prepare_wants_the_default_seed_only_at_the_default_paths(tmp_path: Path
 
 def test_prepare_trains_on_a_book(tmp_path: Path):
     """Own text has no labels, is cut to the context, and each of its tokens is a target exactly once."""
-    (tmp_path / "book.txt").write_text(
-        "A very long line without an end " * 20 + "\n" + "Short one. Two.\n" * 5
-    )
+    (tmp_path / "book.txt").write_text("A very long line without an end " * 20 + "\n" + "Short one. Two.\n" * 5)
     data = run_prepare(tmp_path, "book.txt", None, generate_missing=False, max_seq_len=8, vocab_size=30)
     assert not data.labelled
     assert data.train.labels is data.val.labels is data.train.strata is None

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from minitrain._ext import engine
 from minitrain._ext.plan import CompiledBackend, Plan, ReferenceBackend, call, instruction_set
 from minitrain._ext.signatures import SIGNATURES
-
 from minitrain.config import ModelConfig
 from minitrain.errors import DataError, KernelArgumentError, MinitrainError
 from minitrain.model import MiniGPT

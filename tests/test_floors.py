@@ -16,7 +16,7 @@ FLOORS = [
     ["tensors", "schedule", "environment", "hooks"],
     ["state"],
     ["data", "model", "optim", "checkpoint", "run"],
-    ["loop", "report"],
+    ["loop", "report", "assembly"],
     ["trainer", "selftest", "replay"],
     ["cli"],
     ["__init__", "__main__"],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from minitrain._ext.plan import CompiledBackend, Plan, ReferenceBackend
 
+from minitrain._ext.plan import CompiledBackend, Plan, ReferenceBackend
 from minitrain.errors import KernelArgumentError
 from minitrain.hooks import Hooks
 from minitrain.model import MiniGPT

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from minitrain._ext import engine, reference
 from minitrain._ext.plan import ReferenceBackend, call
 from minitrain._ext.signatures import SIGNATURES
@@ -122,6 +123,9 @@ def test_same_bits(kernel, kernels, backends, data, seed, values):
         if arguments[i].dtype == np.float32:
             places = rng.random(arguments[i].shape) < rng.choice([0.02, 0.3])
             arguments[i][places] = rng.choice(values, places.sum())
+            nan = np.isnan(arguments[i])  # of any payload, quiet or signalling, of either sign
+            payloads = rng.integers(0x7F800001, 0x80000000, nan.sum()) | rng.integers(0, 2, nan.sum()) << 31
+            arguments[i].view(np.uint32)[nan] = payloads
     results = {
         key: {name: kernels.bits(output) for name, output in kernels.run(backend, kernel, arguments).items()}
         for key, backend in backends.items()

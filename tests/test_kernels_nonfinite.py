@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from minitrain._ext.plan import ReferenceBackend
 from minitrain._ext.signatures import SIGNATURES
 
@@ -71,6 +72,17 @@ def with_value(arguments: list[Any], position: int, place: Place, value: float) 
     return changed
 
 
+def with_nan(arguments: list[Any], position: int, place: Place, rng: np.random.Generator) -> list[Any]:
+    """A NaN of any payload, quiet or signalling, of either sign: what a flipped bit may make of a number."""
+    changed = with_value(arguments, position, place, np.nan)
+    if changed[position].dtype == np.float32:
+        payload = int(
+            rng.choice([0x7F800001, 0x7FC00000, 0x7FC00001, 0x7FFFFFFF, 0x7F800000 + int(rng.integers(1, 2**23))])
+        )
+        changed[position].view(np.uint32)[place] = payload | int(rng.integers(2)) << 31
+    return changed
+
+
 def dependents(kernel: str, kernels: Any, arguments: list[Any], position: int, place: Place) -> dict[str, Any]:
     """For each output, which elements change with one input element: by a little or by much."""
     before = kernels.run(DOUBLE, kernel, arguments)
@@ -99,11 +111,15 @@ def test_what_is_not_finite_comes_out(kernel, argument, kernels, backends, data,
     """Every output element that depends on a NaN is NaN. Of those that depend on an infinity at least one is not
     finite (but for the exceptions above), and all are for which the twin says so."""
     arguments, position = plausible(kernel, kernels, data, seed, argument)
-    place = draw_place(kernel, argument, arguments[position], np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    place = draw_place(kernel, argument, arguments[position], rng)
     depends = dependents(kernel, kernels, arguments, position, place)
     label = f"{argument}[{place[0]}]" if arguments[position].dtype == np.float64 else argument
     for value in (np.nan, INF, -INF):
-        changed = with_value(arguments, position, place, value)
+        if np.isnan(value):
+            changed = with_nan(arguments, position, place, rng)
+        else:
+            changed = with_value(arguments, position, place, value)
         expected = kernels.run(DOUBLE, kernel, changed)
         for (isa, threads), backend in backends.items():
             if threads != 1:

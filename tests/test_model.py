@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minitrain._ext.plan import ReferenceBackend
 
+from minitrain._ext.plan import ReferenceBackend
 from minitrain.config import ModelConfig, OptimizerConfig
 from minitrain.model import MiniGPT
 from minitrain.optim import AdamW

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minitrain._ext import engine
 
+from minitrain._ext import engine
 from minitrain.rng import Purpose, Stream, philox
 
 words32 = st.integers(0, 2**32 - 1)

@@ -229,9 +229,7 @@ def test_each_type_in_numbers(kind, expected):
 
 def test_the_step_type_stops_at_lr_min():
     """However often it drops."""
-    scheduler = Scheduler(
-        lr_max=1.0, lr_min=0.1, warmup_steps=0, total_steps=9, type="step", step_size=1, gamma=0.5
-    )
+    scheduler = Scheduler(lr_max=1.0, lr_min=0.1, warmup_steps=0, total_steps=9, type="step", step_size=1, gamma=0.5)
     scheduler.load_state({"step_count": 8})
     assert scheduler.lr == 0.1
 

@@ -110,9 +110,7 @@ def test_file_refusals(change: dict[str, object], field: str):
     """A file that no tokenizer wrote is refused, naming the field."""
     good = {"format": "minitrain-bpe-1", "characters": "ab", "merges": [[4, 5]]}
     Tokenizer.from_json(json.dumps(good).encode())
-    with pytest.raises(
-        DataError, match=f"tokenizer, field {field}: expected .*, got .*; train the tokenizer"
-    ):
+    with pytest.raises(DataError, match=f"tokenizer, field {field}: expected .*, got .*; train the tokenizer"):
         Tokenizer.from_json(json.dumps(good | change).encode())
 
 

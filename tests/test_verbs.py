@@ -54,9 +54,7 @@ def test_conjugation(verb: str, tense: str, person: str | None, form: str):
     assert conjugate(VERBS[verb], tense, person) == form
 
 
-@pytest.mark.parametrize(
-    ("tense", "person"), [("infinitive", "1sg"), ("past_simple", None), ("pluperfect", "1sg")]
-)
+@pytest.mark.parametrize(("tense", "person"), [("infinitive", "1sg"), ("past_simple", None), ("pluperfect", "1sg")])
 def test_forms_that_do_not_exist(tense: str, person: str | None):
     """An infinitive has no person, and every finite form has one."""
     with pytest.raises(KeyError):
