@@ -102,7 +102,7 @@ def train(
     minitrain train --resume --out-dir runs/a
     """
     from minitrain.config import load_config
-    from minitrain.run import RunFolder, new_path
+    from minitrain.run_folder import RunFolder, new_path
     from minitrain.trainer import run
 
     if config and config_option:

@@ -294,6 +294,7 @@ class MiniGPT:
         self._key = np.array([seed, Purpose.DROPOUT, 0], np.uint32)
         self._passes: dict[tuple[int, int], Passes] = {}
         self._last: Passes | None = None
+        self._trained = False
         initialise(self.params, self.config.n_layer, seed)
 
     def reseed(self, seed: int) -> None:
@@ -349,13 +350,14 @@ class MiniGPT:
         np.copyto(work.attn_pad_mask, attn_pad_mask.view(np.uint8))
         np.copyto(work.loss_mask, loss_mask.view(np.uint8))
         self._key[2] = self.step
+        self._trained = training
         (work.training if training else work.evaluation).run(self.hooks if training else None)
         return work.arrays["logits"], float(work.loss[0])
 
     def backward(self) -> Tensors:
         """Gradients of the last training forward pass, in a buffer that the next backward pass overwrites."""
-        if self._last is None:
-            raise RuntimeError("backward() needs a forward() before it")
+        if self._last is None or not self._trained:
+            raise RuntimeError("backward() needs a training forward() before it")
         self._last.backward.run(self.hooks)
         return self.grads
 

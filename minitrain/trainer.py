@@ -24,7 +24,7 @@ from minitrain.files import write_atomic, write_json
 from minitrain.loop import Evaluation, Listener, Metrics, StepStats, evaluate, perplexity, train
 from minitrain.model import MiniGPT
 from minitrain.rng import Purpose
-from minitrain.run import SCHEMA_VERSION, LogWriter, RunFolder
+from minitrain.run_folder import SCHEMA_VERSION, LogWriter, RunFolder
 from minitrain.state import State
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from minitrain import trainer
 from minitrain.cli import main
 from minitrain.data.prepare import prepare
-from minitrain.run import RunFolder
+from minitrain.run_folder import RunFolder
 
 SHORT = [
     "--set",

@@ -218,13 +218,16 @@ def test_read_only_batches_are_accepted(model, odd_config, make_batch):
     assert model.forward(*batch)[1] == loss
 
 
-def test_backward_needs_a_forward(odd_config):
-    """Before the first pass there is nothing to go back through."""
+def test_backward_needs_a_training_forward(odd_config, make_batch):
+    """Before the first pass there is nothing to go back through, and an evaluation is no pass to go back through."""
     fresh = MiniGPT(odd_config)
-    with pytest.raises(RuntimeError, match=r"backward\(\) needs a forward\(\)"):
+    with pytest.raises(RuntimeError, match=r"backward\(\) needs a training forward\(\)"):
         fresh.backward()
     with pytest.raises(RuntimeError, match=r"loss_sum needs a forward\(\)"):
         _ = fresh.loss_sum
+    fresh.forward(*make_batch(odd_config, 2), training=False)
+    with pytest.raises(RuntimeError, match=r"backward\(\) needs a training forward\(\)"):
+        fresh.backward()
 
 
 # Threads

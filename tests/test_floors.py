@@ -15,7 +15,7 @@ FLOORS = [
     ["_ext", "config"],
     ["tensors", "schedule", "environment", "hooks"],
     ["state"],
-    ["data", "model", "optim", "checkpoint", "run"],
+    ["data", "model", "optim", "checkpoint", "run_folder"],
     ["loop", "report", "assembly"],
     ["trainer", "selftest", "replay"],
     ["cli"],

@@ -26,7 +26,7 @@ from minitrain.report import curve
 from minitrain.report.log import Log
 from minitrain.report.story import SHOWN, Story
 from minitrain.report.words import number
-from minitrain.run import RunFolder
+from minitrain.run_folder import RunFolder
 
 SHORT = ["scheduler.total_steps=120", "scheduler.warmup_steps=20", "training.val_every=20"]
 EXPLODES = ["optimizer.lr_max=1e30", "optimizer.clip=null", "training.batch_size=2", "training.rng_seed=3"]
@@ -318,7 +318,7 @@ def test_writing_again_from_the_files_alone_makes_the_same(runs: dict[str, RunFo
 
 def test_the_plotting_library_is_not_loaded_before_it_draws_and_fits_in_400_mb(runs: dict[str, RunFolder]) -> None:
     program = (
-        "import sys, json; from pathlib import Path; from minitrain import report, environment, run\n"
+        "import sys, json; from pathlib import Path; from minitrain import report, environment, run_folder as run\n"
         "assert not {'altair', 'vl_convert'} & set(sys.modules)\n"
         "run = run.RunFolder(Path(sys.argv[1])); measured = json.loads(run.results.read_text())\n"
         "report.write_curve(run, run.stored_config(), measured, measured['ngram_baseline_val_ppl'])\n"

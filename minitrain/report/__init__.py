@@ -15,7 +15,7 @@ from minitrain.files import write_atomic
 from minitrain.report.curve import draw
 from minitrain.report.log import Log
 from minitrain.report.story import Story
-from minitrain.run import RunFolder
+from minitrain.run_folder import RunFolder
 
 
 def write_curve(folder: RunFolder, config: Config, results: Mapping[str, Any], baseline_ppl: float) -> None:

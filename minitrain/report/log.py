@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minitrain.run import RunFolder
+from minitrain.run_folder import RunFolder
 
 Floats = NDArray[np.float64]
 

@@ -14,7 +14,7 @@ import numpy as np
 from minitrain.config import Config, differing_keys
 from minitrain.report.log import Log
 from minitrain.report.words import count, not_finite, number
-from minitrain.run import RunFolder
+from minitrain.run_folder import RunFolder
 
 
 def _ppl(loss: float) -> str:
