@@ -24,6 +24,7 @@ def extension(name: str, flags: list[str]) -> Extension:
         depends=HEADERS,
         extra_compile_args=FLAGS + flags,
         extra_link_args=["-pthread"],
+        libraries=["m"],
     )
 
 

@@ -4,7 +4,7 @@ A program is a list of operations, each a kernel with its arguments already chec
 a single call without the GIL: no Python object is touched, nothing is allocated.
 """
 
-from libc.math cimport ldexp, frexp, sqrt
+from libc.math cimport frexp, sqrt
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset
@@ -24,13 +24,20 @@ cdef extern from "op.h" nogil:
         int64_t units
         int32_t split
 
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+
 cdef extern from "pool.h" nogil:
     enum: POOL_LIMIT
     ctypedef struct CPool "Pool":
         int threads
         float **scratch
+        pthread_mutex_t busy
     int pool_start(CPool *pool, int threads) noexcept
-    void pool_run(CPool *pool, const Op *ops, int64_t first, int64_t last) noexcept
+    int pool_run(CPool *pool, const Op *ops, int64_t first, int64_t last) noexcept
     void pool_stop(CPool *pool) noexcept
 
 cdef extern from "philox.h" nogil:
@@ -87,14 +94,16 @@ cdef class Pool:
         cdef float[::1] view
         if floats <= self._reserved:
             return 0
-        self._scratch = []
+        memories = [np.zeros(floats + 16, np.float32) for _ in range(self.threads)]
+        with nogil:
+            pthread_mutex_lock(&self.c.busy)             # not while a program works in the old memory
         for i in range(self.threads):
-            memory = np.zeros(floats + 16, np.float32)
-            skip = -(memory.ctypes.data // 4) % 16       # to a cache line
-            view = memory[skip : skip + floats]
-            self._scratch.append(memory)
+            skip = -(memories[i].ctypes.data // 4) % 16  # to a cache line
+            view = memories[i][skip : skip + floats]
             self.c.scratch[i] = &view[0]
+        self._scratch = memories
         self._reserved = floats
+        pthread_mutex_unlock(&self.c.busy)
         return 0
 
 
@@ -117,6 +126,7 @@ cdef class Program:
     def append(self, size_t kernel, list arrays, list sizes, list numbers, int64_t units, int32_t split, int64_t scratch):
         """Addresses of the kernel and its arrays (0 for a missing one), dimensions, scalars, and how threads share it."""
         cdef Op op
+        cdef Op *grown
         if len(arrays) > OP_ARRAYS or len(sizes) > OP_SIZES or len(numbers) > OP_NUMBERS:
             raise ValueError("too many arguments for an operation")
         memset(&op, 0, sizeof(Op))
@@ -131,18 +141,35 @@ cdef class Program:
         op.split = split
         self.pool.reserve(scratch)
         if self.length == self.capacity:
-            self.capacity = 2 * self.capacity + 16
-            self.ops = <Op *>realloc(self.ops, self.capacity * sizeof(Op))
-            if self.ops == NULL:
+            grown = <Op *>realloc(self.ops, (2 * self.capacity + 16) * sizeof(Op))
+            if grown == NULL:
                 raise MemoryError
+            self.ops = grown
+            self.capacity = 2 * self.capacity + 16
         self.ops[self.length] = op
         self.length += 1
 
     def run(self, int64_t first, int64_t last):
         if not 0 <= first <= last <= self.length:
             raise IndexError(f"operations {first}..{last} of a program of {self.length}")
+        cdef int forked
         with nogil:
-            pool_run(&self.pool.c, self.ops, first, last)
+            forked = pool_run(&self.pool.c, self.ops, first, last)
+        if forked:
+            raise RuntimeError("the threads of this backend stayed behind in another process; after a fork make the "
+                               "model anew, or start processes by spawn")
+
+
+cdef class Environment:
+    """``with Environment():`` rounds to nearest and keeps denormals, whatever an imported library has set."""
+
+    cdef uint64_t old
+
+    def __enter__(self):
+        self.old = fpenv_enter()
+
+    def __exit__(self, *error):
+        fpenv_set(self.old)
 
 
 def load_tokens(int32_t[:, ::1] out, const int32_t[:, ::1] tokens, int32_t limit) -> int:

@@ -71,6 +71,7 @@ def layernorm_forward(y: F, mean: F, rstd: F, x: F, gamma: F, beta: F, eps: floa
     mean[:] = x.mean(-1)
     centred = x - mean[..., None]
     rstd[:] = 1 / np.sqrt((centred * centred).mean(-1) + x.dtype.type(eps))
+    rstd[rstd == 0] = np.nan  # the variance overflowed: 0 would hide it behind beta
     y[:] = centred * rstd[..., None] * gamma + beta
 
 
@@ -133,7 +134,7 @@ def attention_forward(o: F, p: F, q: F, k: F, v: F, key_mask: F) -> None:
     top = np.where(seen, s, -np.inf).max(-1, keepdims=True)
     e = np.where(seen, np.exp(s - top), s.dtype.type(0))
     total = e.sum(-1, keepdims=True)
-    p[:] = e * np.where(total == 0, total, 1 / total)  # a query that sees no key attends to nothing
+    p[:] = e * np.where(total == 0, 0, 1 / total)  # a query that sees no key attends to nothing
     o[:] = _columns(p @ _heads(v, H))
 
 

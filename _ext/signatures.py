@@ -8,6 +8,8 @@ a letter stands for the same size wherever a line uses it. ``split`` says what t
   each other with this split must not read what another of them writes, unless the columns are the same;
 * ``blocks`` - blocks of 4096 elements, ``elements`` - groups of 16: work on the flat buffers;
 * ``none`` - one thread.
+
+Values are the caller's business: token ids within the vocabulary (MiniGPT checks them), ``offsets`` that rise to P.
 """
 
 from __future__ import annotations

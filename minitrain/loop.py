@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from minitrain._ext.engine import Environment
 from minitrain.data.batches import Batch
 from minitrain.environment import git_state, hardware, versions
 from minitrain.errors import DataError
@@ -66,14 +67,14 @@ class Listener(Protocol):
 
 def train_step(model: MiniGPT, optimizer: AdamW, scheduler: Scheduler, batch: Batch) -> StepStats:
     """Turn state t into state t+1, in place."""
-    step = scheduler.step_count
-    model.step = step
-    _, loss = model.forward(batch.inputs, batch.targets, batch.attn_pad_mask, batch.loss_mask)
-    grads = model.backward()
-    norms = optimizer.clip(model.params, grads)  # finiteness is known here, before the update
-    optimizer.lr = scheduler.lr
-    optimizer.update(model.params, grads)
-    scheduler.step()
+    with Environment():  # for Python's own doubles; the engine sees to its threads itself
+        step = model.step = scheduler.step_count
+        _, loss = model.forward(batch.inputs, batch.targets, batch.attn_pad_mask, batch.loss_mask)
+        grads = model.backward()
+        norms = optimizer.clip(model.params, grads)  # finiteness is known here, before the update
+        optimizer.lr = scheduler.lr
+        optimizer.update(model.params, grads)
+        scheduler.step()
     return StepStats(step, loss, optimizer.lr, norms.before, norms.after, model.loss_sum[1])
 
 

@@ -7,6 +7,7 @@ keys, GELU in the tanh form, cross entropy as the mean over the tokens in the lo
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -66,14 +67,19 @@ class Passes:
         self.tokens, self.targets = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
         self.attn_pad_mask, self.loss_mask = np.ones((B, T), np.uint8), np.ones((B, T), np.uint8)
         self.loss = np.zeros(3)  # mean, sum, number of tokens
-        table = activation_table(c, B, T) + gradient_table(c, B, T)
-        self.arrays: dict[str, Array] = {a.name: np.zeros(a.shape, np.float32) for a in table}
-        self._c, self._key, self._shape = c, key, (B, T)
+        self.arrays: dict[str, Array] = {a.name: np.zeros(a.shape, np.float32) for a in activation_table(c, B, T)}
+        self._c, self._backend, self._key, self._shape = c, backend, key, (B, T)
         self._params, self._grads = params, grads
         self._rope = rope_tables(T, c.d_model, c.n_head)
         self.evaluation = self._forward(Plan(backend), rate=0.0)
         self.training = self._forward(Plan(backend), rate=c.dropout) if c.dropout else self.evaluation
-        self.backward = self._backward(Plan(backend), rate=c.dropout)
+
+    @cached_property
+    def backward(self) -> Plan:
+        """Made at the first backward pass: shapes that are only evaluated need no gradients."""
+        for a in gradient_table(self._c, *self._shape):
+            self.arrays[a.name] = np.zeros(a.shape, np.float32)
+        return self._backward(Plan(self._backend), rate=self._c.dropout)
 
     def _block_input(self, i: int) -> str:
         return f"block.{i - 1}.out" if i else "embed"
@@ -294,8 +300,9 @@ class MiniGPT:
         self._key = np.array([seed, Purpose.DROPOUT, 0], np.uint32)
         self._passes: dict[tuple[int, int], Passes] = {}
         self._last: Passes | None = None
-        self._trained = False
-        initialise(self.params, self.config.n_layer, seed)
+        self._trained = self._running = False
+        with engine.Environment():
+            initialise(self.params, self.config.n_layer, seed)
 
     def reseed(self, seed: int) -> None:
         """Draw dropout from this seed from now on."""
@@ -314,7 +321,8 @@ class MiniGPT:
         if self.config.max_seq_len < T:
             raise DataError(f"batch: expected at most model.max_seq_len = {self.config.max_seq_len} positions, got {T}")
         if (B, T) not in self._passes:
-            self._passes[B, T] = Passes(self.config, self.backend, self.params, self.grads, self._key, B, T)
+            with engine.Environment():
+                self._passes[B, T] = Passes(self.config, self.backend, self.params, self.grads, self._key, B, T)
         return self._passes[B, T]
 
     def forward(
@@ -339,7 +347,9 @@ class MiniGPT:
             ("loss_mask", loss_mask, np.bool_),
         ):
             self._check(name, array, dtype, input.shape)
-        work = self._last = self.passes(*input.shape)
+        self._refuse_reentry()
+        self._last, self._trained = None, False  # until this pass is through
+        work = self.passes(*input.shape)
         for name, array, mine in (("input", input, work.tokens), ("target", target, work.targets)):
             bad = engine.load_tokens(mine, array, self.config.vocab_size)
             if bad >= 0:
@@ -350,16 +360,28 @@ class MiniGPT:
         np.copyto(work.attn_pad_mask, attn_pad_mask.view(np.uint8))
         np.copyto(work.loss_mask, loss_mask.view(np.uint8))
         self._key[2] = self.step
-        self._trained = training
-        (work.training if training else work.evaluation).run(self.hooks if training else None)
+        self._run(work.training if training else work.evaluation, self.hooks if training else None)
+        self._last, self._trained = work, training
         return work.arrays["logits"], float(work.loss[0])
 
     def backward(self) -> Tensors:
         """Gradients of the last training forward pass, in a buffer that the next backward pass overwrites."""
         if self._last is None or not self._trained:
             raise RuntimeError("backward() needs a training forward() before it")
-        self._last.backward.run(self.hooks)
+        self._refuse_reentry()
+        self._run(self._last.backward, self.hooks)
         return self.grads
+
+    def _refuse_reentry(self) -> None:
+        if self._running:
+            raise RuntimeError("a listener cannot run the model it listens to: the pass would go on with other numbers")
+
+    def _run(self, plan: Plan, hooks: Hooks | None) -> None:
+        self._running = True
+        try:
+            plan.run(hooks)
+        finally:
+            self._running = False
 
     @staticmethod
     def _check(name: str, array: Array, dtype: type[Any], shape: tuple[int, ...] | None) -> None:

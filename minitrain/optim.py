@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -40,13 +41,15 @@ class _NormPlan:
 
 
 def global_grad_norm(grads: Mapping[str, NDArray[np.float32]]) -> float:
-    """L2 norm over all gradients, as the run computes it: NaN or Inf if any element is."""
+    """L2 norm over all gradients, by the compiled kernels: NaN or Inf if any element is."""
     flat = grads.flat if isinstance(grads, Tensors) else np.concatenate([g.ravel() for g in grads.values()])
     return _NormPlan(CompiledBackend(), np.ascontiguousarray(flat, np.float32))()
 
 
 class AdamW:
     """AdamW with decoupled weight decay, after element-wise and global-norm clipping.
+
+    Give it the model's ``backend``; without one it uses the compiled kernels on one thread.
 
     ``m`` and ``v`` are Tensors with the parameters' names; they exist from the first step (or `bind`) on. ``lr`` is the
     rate of the next update, ``updates`` the number done. ``step(params, grads)`` clips and updates in place; ``norms``
@@ -92,7 +95,10 @@ class AdamW:
     def clip(self, params: Tensors, grads: Tensors) -> Norms:
         """Clip in place: elements to +-clip_value, then the whole to norm clip, by min(1, clip / (norm + 1e-12)).
 
-        ``before`` is the norm of the gradients as they came. NaN stays NaN and Inf becomes NaN: nothing is hidden.
+        ``before`` is the norm of the gradients as they came, ``after`` of what they became. ``clip_value`` cuts Inf off
+        and leaves NaN. A norm that is not finite scales nothing: that would spread one NaN over all gradients, and the
+        evidence would be gone. (Squares are summed in float32: a gradient above 1.8e19 overflows, below 1e-23 it
+        counts as 0.)
         """
         self.bind(params, grads)
         before = norm = self._norm()
@@ -100,9 +106,9 @@ class AdamW:
             self._limit[0] = self.config.clip_value
             self._clamp.run()
             norm = self._norm()
-        if self.config.clip is not None:
+        if self.config.clip is not None and math.isfinite(norm):
             factor = self.config.clip / (norm + 1e-12)
-            if not factor >= 1:  # also where the norm is NaN
+            if factor < 1:
                 self._factor[0] = factor
                 self._scale.run()
                 norm *= factor

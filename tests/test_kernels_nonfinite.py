@@ -137,7 +137,7 @@ def test_what_is_not_finite_comes_out(kernel, argument, kernels, backends, data,
                 assert came_out, f"{isa}: {argument}[{place}] = {value} is lost"
 
 
-def test_every_exception_is_used():
+def test_every_exception_names_an_argument():
     """The list of exceptions names arguments that exist."""
     assert {(kernel, argument.partition("[")[0]) for kernel, argument, _ in VANISHES} <= set(PAIRS)
 

@@ -12,6 +12,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include "op.h"  // refuses flags that change results
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))

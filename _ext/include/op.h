@@ -2,9 +2,13 @@
 #ifndef MINITRAIN_OP_H
 #define MINITRAIN_OP_H
 #include <stdint.h>
+#if defined(__FAST_MATH__) || __FLT_EVAL_METHOD__ != 0
+#error "these compiler flags change results: no -ffast-math, no x87 arithmetic"
+#endif
 #define OP_ARRAYS 12
 #define OP_SIZES 6
 #define OP_NUMBERS 4
+#define SPLIT_COLUMNS 2  // signatures.SPLITS
 struct Op;
 typedef void (*Kernel)(const struct Op *, int64_t lo, int64_t hi, float *scratch);
 typedef struct Op {

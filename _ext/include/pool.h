@@ -1,13 +1,16 @@
 // Threads for programs: each runs its fixed share of every operation, with a barrier where the kind of share changes.
 //
-// Who waits spins for some 50 us and then sleeps, so that a busy machine is not made busier. The shares depend on the
+// Who waits spins for some 50 us, giving way to others, and then sleeps, so that a busy machine is not made busier. The shares depend on the
 // operation's units and the number of threads alone; no operation's bits depend on them.
 #ifndef MINITRAIN_POOL_H
 #define MINITRAIN_POOL_H
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
+#include <unistd.h>
 #include "fpenv.h"
 #include "op.h"
 
@@ -23,6 +26,8 @@ typedef struct {
 
 typedef struct Pool {
   int threads;
+  pid_t process;         // a fork copies this struct, but not the threads
+  pthread_mutex_t busy;  // one program at a time
   pthread_t thread[POOL_LIMIT];
   Signal job, released;  // programs handed out, barriers passed
   atomic_int at_barrier;
@@ -70,6 +75,7 @@ static inline void signal_wait(Signal *s, unsigned old) {
   for (int spins = 1; atomic_load_explicit(&s->value, memory_order_acquire) == old; spins++) {
     relax();
     if (spins % 64) continue;
+    sched_yield();  // whoever is waited for may want this very core
     int64_t now = nanoseconds();
     if (!since) since = now;
     if (now - since < SPIN_NANOSECONDS) continue;
@@ -92,11 +98,16 @@ static inline void pool_barrier(Pool *pool) {
   }
 }
 
+// whether what a thread reads of the operation before can only be what it wrote itself (or, for columns, is not read)
+static inline int same_shares(const Op *op, const Op *before) {
+  return op->split == before->split && (op->split == SPLIT_COLUMNS || op->units == before->units);
+}
+
 static inline void pool_share(Pool *pool, int id) {
   uint64_t environment = fpenv_enter();
   for (int64_t i = pool->first; i < pool->last; i++) {
     const Op *op = pool->ops + i;
-    if (i > pool->first && op->split != op[-1].split) pool_barrier(pool);
+    if (i > pool->first && !same_shares(op, op - 1)) pool_barrier(pool);
     int64_t lo = op->units * id / pool->threads, hi = op->units * (id + 1) / pool->threads;
     if (lo < hi) op->kernel(op, lo, hi, pool->scratch[id]);
   }
@@ -118,6 +129,8 @@ static void *pool_worker(void *argument) {
 // 0, or an errno; on failure the pool has as many threads as could be started
 static inline int pool_start(Pool *pool, int threads) {
   memset(pool, 0, sizeof *pool);
+  pool->process = getpid();
+  pthread_mutex_init(&pool->busy, 0);
   signal_init(&pool->job);
   signal_init(&pool->released);
   pool->threads = 1;
@@ -132,17 +145,22 @@ static inline int pool_start(Pool *pool, int threads) {
   return 0;
 }
 
-static inline void pool_run(Pool *pool, const Op *ops, int64_t first, int64_t last) {
+// 0, or 1 if the threads were left behind by a fork; waits for a program that another thread runs
+static inline int pool_run(Pool *pool, const Op *ops, int64_t first, int64_t last) {
+  if (pool->threads > 1 && pool->process != getpid()) return 1;
+  pthread_mutex_lock(&pool->busy);
   pool->ops = ops;
   pool->first = first;
   pool->last = last;
   if (pool->threads > 1) signal_add(&pool->job);
   pool_share(pool, 0);
   pool_barrier(pool);
+  pthread_mutex_unlock(&pool->busy);
+  return 0;
 }
 
 static inline void pool_stop(Pool *pool) {
-  if (pool->threads == 1) return;
+  if (pool->threads <= 1 || pool->process != getpid()) return;
   atomic_store(&pool->quit, 1);
   signal_add(&pool->job);
   for (int id = 1; id < pool->threads; id++) pthread_join(pool->thread[id], 0);

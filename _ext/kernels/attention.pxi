@@ -49,16 +49,16 @@ cdef void softmax_row(float *p, const uint32_t *keys, int64_t seen, int64_t end,
     """p[0:T] = softmax(scale * p) over the first `seen` keys that the mask allows; 0 elsewhere, also if there are none."""
     cdef int64_t j
     cdef V top = vset(-INFINITY), total = vzero(), shift, e, vscale = vset(scale)
-    cdef float m, s
+    cdef float s
     for j in range(0, end, 16):
         top = vmax(vselect(keys[j >> 4] & lane_bits(seen - j), vload_n(p + j, end - j), vset(-INFINITY)), top)
-    shift = vset(-(vmaximum(top) * scale))
+    shift = vset(vmaximum(top) * scale)                  # rounded like every scaled score: the largest is exp(0)
     for j in range(0, end, 16):
-        e = vselect(keys[j >> 4] & lane_bits(seen - j), vexp(vfma(vload_n(p + j, end - j), vscale, shift)), vzero())
+        e = vselect(keys[j >> 4] & lane_bits(seen - j), vexp(vsub(vmul(vload_n(p + j, end - j), vscale), shift)), vzero())
         vstore_n(p + j, e, end - j)
         total = vadd(total, e)
     s = vsum(total)
-    e = vset(s if s == 0 else <float>1.0 / s)
+    e = vset(<float>1.0 / s if s != 0 else <float>0.0)     # 0 only where no key is seen: else the largest adds 1
     for j in range(0, end, 16):
         vstore_n(p + j, vmul(vload_n(p + j, end - j), e), end - j)
     for j in range(end, T, 16):

@@ -5,12 +5,10 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "lanes.h" nogil:
     const float INFINITY
+    const float NAN
     ctypedef struct V:
         pass
-    V vload(const float *p) noexcept
     V vload_n(const float *p, int64_t n) noexcept
-    V vload_bits(uint32_t bits, const float *p) noexcept
-    void vstore(float *p, V a) noexcept
     void vstore_n(float *p, V a, int64_t n) noexcept
     V vset(float x) noexcept
     V vzero() noexcept
@@ -22,6 +20,7 @@ cdef extern from "lanes.h" nogil:
     V vdiv(V a, V b) noexcept
     V vsqrt(V a) noexcept
     V vmax(V a, V b) noexcept
+    V vmin(V a, V b) noexcept               # b where either is NaN
     V vselect(uint32_t bits, V a, V b) noexcept
     V vselect_gt(V x, V y, V a, V b) noexcept
     V vswap_pairs(V a) noexcept

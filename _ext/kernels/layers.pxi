@@ -43,6 +43,8 @@ cdef void layernorm_forward(float *y, float *mean, float *rstd, const float *x, 
             d = vselect(lane_bits(C - j), vsub(vload_n(x + j, C - j), vm), vzero())
             s = vfma(d, d, s)
         r = <float>1.0 / sqrtf(vsum(s) / <float>C + eps)
+        if r == 0:                                       # the variance overflowed: 0 would hide it behind beta
+            r = NAN
         vr = vset(r)
         for j in range(0, C, 16):
             d = vmul(vsub(vload_n(x + j, C - j), vm), vr)
@@ -95,18 +97,18 @@ cdef void layernorm_backward(float *dx, float *dgamma, float *dbeta, const float
 
 
 # y = x * s, s = sigmoid(2z), z = sqrt(2/pi) * (x + 0.044715 x^3): the tanh form, for 1 + tanh(z) = 2 sigmoid(2z)
-# slope = dy/dx = s + s * (1 - s) * x * 2 dz/dx, kept for the backward pass; s * (1 - s) first, for it vanishes before the
-# rest overflows
+# slope = dy/dx = s + s * (1 - s) * x * 2 dz/dx, kept for the backward pass; s * (1 - s) is 0 long before x^2 reaches the
+# limit that keeps dz finite
 cdef void gelu_forward(float *y, float *slope, const float *x, int64_t n) noexcept nogil:
     cdef int64_t i
     cdef V u, q, z, s, dz
-    cdef V one = vset(1.0)
+    cdef V one = vset(1.0), limit = vset(1e30)
     cdef V k0 = vset(1.5957691216057308)                 # 2 sqrt(2/pi)
     cdef V k1 = vset(0.044715)
     cdef V k3 = vset(0.134145)                           # 3 * 0.044715
     for i in range(0, n, 16):
         u = vload_n(x + i, n - i)
-        q = vmul(u, u)
+        q = vmin(limit, vmul(u, u))                      # NaN stays: vmin returns its second argument then
         z = vmul(k0, vmul(u, vfma(k1, q, one)))
         s = vdiv(one, vadd(one, vexp(vsub(vzero(), z))))
         dz = vmul(k0, vfma(k3, q, one))

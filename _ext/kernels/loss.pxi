@@ -24,7 +24,6 @@ cdef void cross_entropy_forward(float *losses, float *softmax, float *log_softma
         total[i] = vsum(s)
     for i in range(rows):
         inverse = vset(<float>1.0 / total[i])
-        m = vset(top[i])
         for j in range(0, vocab, 16):
             vstore_n(softmax + i * vocab + j, vmul(vload_n(softmax + i * vocab + j, vocab - j), inverse), vocab - j)
     for i in range(0, rows, 16):                         # sums to their logarithms, 16 rows at a time
