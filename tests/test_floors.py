@@ -14,7 +14,7 @@ FLOORS = [
     ["errors", "files", "rng", "elementary"],
     ["_ext", "config"],
     ["tensors", "schedule", "environment", "hooks"],
-    ["state"],
+    ["state", "passes"],
     ["data", "model", "optim", "checkpoint", "run_folder"],
     ["loop", "report", "assembly"],
     ["trainer", "selftest", "replay"],

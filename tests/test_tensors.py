@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitrain.config import ModelConfig
-from minitrain.model import MiniGPT, rope_tables
+from minitrain.model import MiniGPT
+from minitrain.passes import rope_tables
 from minitrain.state import State
 from minitrain.tensors import Tensors, activation_table, canonical_bits, digest, gradient_table, parameter_table, sites
 
