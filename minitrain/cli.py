@@ -111,7 +111,8 @@ def train(
     if resume:
         if out_dir is None:
             raise click.UsageError("--resume: expected --out-dir RUN, the folder of the run to go on with")
-        path = path or RunFolder.open(out_dir).config
+        RunFolder(out_dir).require_run()
+        path = path or RunFolder(out_dir).config
     settings = load_config(path, [*overrides, *([] if seed is None else [f"training.rng_seed={seed}"])])
     folder = out_dir or new_path(path.stem if path else "default")
 

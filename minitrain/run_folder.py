@@ -16,11 +16,13 @@ COMPLETE              written last
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ from minitrain.errors import RunError
 from minitrain.files import write_atomic
 
 SCHEMA_VERSION = 1
+LOCK = ".lock"
+BEFORE_MANIFEST = (LOCK, "config.yaml", "tokenizer.json")
+"""What a process that was killed before its manifest may leave: a run may begin there all the same."""
 
 
 class RunFolder:
@@ -47,22 +52,36 @@ class RunFolder:
         self.readme = path / "README.md"
         self.complete = path / "COMPLETE"
 
-    @classmethod
-    def create(cls, path: Path) -> RunFolder:
-        """A new, empty folder. Raises RunError if something stands there already or it cannot be written."""
-        cls.require_free(path)
+    @contextmanager
+    def hold(self, *, new: bool) -> Iterator[None]:
+        """Be the only process that writes here, in a folder made now if ``new``. The lock goes with the process.
+
+        Raises RunError if another process is at work, if a new folder is not free, or if it cannot be written.
+        """
+        where = f"--out-dir {self.path}"
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            if new:
+                self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise RunError(f"--out-dir {path}: expected a folder that can be written, got: {error.strerror}") from error
-        return cls(path)
+            raise RunError(f"{where}: expected a folder that can be written, got: {error.strerror}") from error
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(f"{where}: another process is at work there; choose another or wait for it") from error
+            if new:
+                self.require_free(self.path)  # again: another process may have been here meanwhile
+            yield
+        finally:
+            os.close(lock)
 
     @staticmethod
     def require_free(path: Path) -> None:
         """Raises RunError if a run cannot begin at ``path``; writes nothing."""
         if path.exists() and not path.is_dir():
             raise RunError(f"--out-dir {path}: expected a folder or a new path, got a file; choose another")
-        if path.is_dir() and any(p for p in path.iterdir() if p.suffix != ".partial"):
+        if path.is_dir() and any(p for p in path.iterdir() if p.name not in BEFORE_MANIFEST and p.suffix != ".partial"):
             if not (path / "manifest.json").exists():
                 raise RunError(f"--out-dir {path}: expected an empty folder, got one with other files; choose another")
             state = "complete" if (path / "COMPLETE").exists() else "unfinished; --resume goes on with it"
@@ -73,16 +92,13 @@ class RunFolder:
                 f"--out-dir {path}: expected a folder that can be written, got {nearest}, which cannot; choose another"
             )
 
-    @classmethod
-    def open(cls, path: Path) -> RunFolder:
-        """An existing run. Raises RunError if it is none."""
-        folder = cls(path)
-        if not folder.manifest.exists():
-            what = "no manifest.json in it" if path.is_dir() else "no such folder"
+    def require_run(self) -> None:
+        """Raises RunError unless a run stands here."""
+        if not self.manifest.exists():
+            what = "no manifest.json in it" if self.path.is_dir() else "no such folder"
             raise RunError(
-                f"{path}: expected a run folder, got {what}; `minitrain train --out-dir {path}` starts a run"
+                f"{self.path}: expected a run folder, got {what}; `minitrain train --out-dir {self.path}` starts a run"
             )
-        return folder
 
     def read_manifest(self) -> dict[str, Any]:
         """Raises RunError if it is damaged or of another schema."""

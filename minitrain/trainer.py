@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,56 +54,54 @@ def run(
     Raises MinitrainError with nothing half written: everything is checked before the folder is touched.
     """
     started = time.perf_counter()
+    folder = RunFolder(out_dir)
     if resume:
-        folder = unfinished(out_dir, config)
-        data = prepare_data(config)
-        require_data(folder, data)
+        require_unfinished(folder, config)
     else:
         RunFolder.require_free(out_dir)
-        data = prepare_data(config)
+    data = prepare_data(config)
+    if resume:
+        require_data(folder, data)
     parts = assemble(config, data)
-    if not resume:
-        folder = RunFolder.create(out_dir)
-        write_atomic(folder.config, to_yaml(config))
-        write_atomic(folder.tokenizer, data.tokenizer.to_json())
-        write_json(folder.manifest, manifest(config, data, parts.model, command_line))
-    elif folder.checkpoint.exists():
-        state = parts.state()
-        parts.go_to(load_checkpoint(folder.checkpoint, state.params, state.m, state.v)["step"])
-    keeper = Keeper(folder, config, parts)
-    try:
-        metrics = train(
-            parts.model,
-            parts.optimizer,
-            parts.scheduler,
-            parts.batches,
-            parts.validation,
-            config.scheduler.total_steps,
-            config.training.val_every,
-            config.training.log_every,
-            config.training.rng_seed,
-            listeners=[keeper, *listeners],
-            on_nonfinite=config.training.on_nonfinite,
-            stop=stop,
-        )
-        if metrics.ended != "nonfinite":  # else the last finite checkpoint stays
-            keeper.save(parts.state())
-    finally:
-        keeper.close()
-    metrics.validations = keeper.earlier | metrics.validations
-    results = {} if metrics.ended == "interrupted" else finish(folder, config, data, parts, metrics, keeper, started)
+    with folder.hold(new=not resume):
+        if not resume:
+            write_atomic(folder.config, to_yaml(config))
+            write_atomic(folder.tokenizer, data.tokenizer.to_json())
+            write_json(folder.manifest, manifest(config, data, parts.model, command_line))
+        elif folder.checkpoint.exists():
+            state = parts.state()
+            parts.go_to(load_checkpoint(folder.checkpoint, state.params, state.m, state.v)["step"])
+        with closing(Keeper(folder, config, parts)) as keeper:
+            metrics = train(
+                parts.model,
+                parts.optimizer,
+                parts.scheduler,
+                parts.batches,
+                parts.validation,
+                config.scheduler.total_steps,
+                config.training.val_every,
+                config.training.log_every,
+                config.training.rng_seed,
+                listeners=[keeper, *listeners],
+                on_nonfinite=config.training.on_nonfinite,
+                stop=stop,
+            )
+            if metrics.ended != "nonfinite":  # else the last finite checkpoint stays
+                keeper.save(parts.state())
+        metrics.validations = keeper.earlier | metrics.validations
+        ended = metrics.ended != "interrupted"
+        results = finish(folder, config, data, parts, metrics, keeper, started) if ended else {}
     return Outcome(folder, metrics, results, parts.state().digest(), time.perf_counter() - started)
 
 
-def unfinished(out_dir: Path, config: Config) -> RunFolder:
-    """The run to resume. Raises RunError if it is none, complete, or made by another configuration."""
-    folder = RunFolder.open(out_dir)
+def require_unfinished(folder: RunFolder, config: Config) -> None:
+    """Raises RunError unless a run stands there that ``config`` made and that is not complete."""
+    folder.require_run()
     folder.require_config(config)
     if folder.complete.exists():
         raise RunError(
-            f"--resume {out_dir}: expected an unfinished run, got a complete one; start a new one with --out-dir"
+            f"--resume {folder.path}: expected an unfinished run, got a complete one; start a new one with --out-dir"
         )
-    return folder
 
 
 def require_data(folder: RunFolder, data: Prepared) -> None:

@@ -67,7 +67,7 @@ def test_train_json_and_text():
     answer = json.loads(result.stdout)
     assert {"run_dir", "steps", "final_loss", "val_loss", "digest", "wall_clock_s"} <= set(answer)
     assert result.stderr == ""
-    assert RunFolder.open(Path("run")).read_manifest()["seed"] == 7
+    assert RunFolder(Path("run")).read_manifest()["seed"] == 7
     text = minitrain("train", *SHORT).stdout
     assert "validation perplexity" in text
     assert "-> runs/default" in text
@@ -176,6 +176,28 @@ def test_resume_refusals():
     assert "expected schema_version 1, got 99" in minitrain("train", "--resume", "--out-dir", "run").stderr
     manifest.write_text(text[:100])
     assert "expected the manifest of a run" in minitrain("train", "--resume", "--out-dir", "run").stderr
+
+
+def test_two_processes_in_one_folder(folder):
+    """While one process writes a run, another may neither resume it nor begin there."""
+    assert train().exit_code == 0
+    Path("run/COMPLETE").unlink()
+    with RunFolder(Path("run")).hold(new=False):
+        result = minitrain("train", "--resume", "--out-dir", "run")
+        assert result.exit_code == 2
+        assert "another process is at work" in result.stderr
+    assert minitrain("train", "--resume", "--out-dir", "run").exit_code == 0
+    with RunFolder(Path("other")).hold(new=True):
+        result = minitrain("train", *SHORT, "--out-dir", "other")
+        assert "another process is at work" in result.stderr
+
+
+def test_a_run_that_died_before_its_manifest():
+    """What a process leaves that is killed before the manifest is no obstacle."""
+    Path("run").mkdir()
+    for name in ("config.yaml", "tokenizer.json", ".lock", ".manifest.json.x1.partial"):
+        Path("run", name).write_text("torn")
+    assert train().exit_code == 0
 
 
 def test_damaged_log_is_named():
