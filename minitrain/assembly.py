@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from minitrain.config import Config
 from minitrain.data.batches import EvalBatches, TrainBatches
 from minitrain.data.prepare import Prepared, prepare
+from minitrain.environment import hardware
+from minitrain.errors import ConfigError
 from minitrain.model import MiniGPT, make_backend
 from minitrain.optim import AdamW
 from minitrain.schedule import Scheduler
 from minitrain.state import State
+from minitrain.tensors import activation_table, gradient_table, parameter_table
 
 
 def prepare_data(config: Config) -> Prepared:
@@ -26,6 +30,28 @@ def prepare_data(config: Config) -> Prepared:
         max_seq_len=config.model.max_seq_len,
         generate_missing=not named,
     )
+
+
+def memory_needed(config: Config) -> int:
+    """Bytes of parameters, gradients, moments and the arrays of both passes; blocks are counted from one and two."""
+    B, T = config.training.batch_size, config.model.max_seq_len
+
+    def floats(blocks: int) -> int:
+        c = config.model.model_copy(update={"n_layer": blocks})
+        arrays = activation_table(c, B, T) + gradient_table(c, B, T)
+        return 4 * sum(math.prod(p.shape) for p in parameter_table(c)) + sum(math.prod(a.shape) for a in arrays)
+
+    return 4 * (floats(1) + (config.model.n_layer - 1) * (floats(2) - floats(1)))
+
+
+def require_memory(config: Config) -> None:
+    """Raises ConfigError if the run cannot fit into this machine's memory."""
+    needed, there = memory_needed(config), hardware()["ram_bytes"]
+    if isinstance(there, int) and needed > there:
+        raise ConfigError(
+            f"model and training.batch_size: expected a run that fits into {there / 1e9:.0f} GB of memory, got one of "
+            f"{needed / 1e9:,.0f} GB; lower n_layer, d_model, d_ff, vocab_size, max_seq_len or batch_size"
+        )
 
 
 @dataclass(frozen=True)

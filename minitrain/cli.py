@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -32,6 +33,12 @@ class Commands(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            context.exit(INTERRUPTED)
+        except MemoryError as error:
+            click.echo(f"error: not enough memory ({error}); lower training.batch_size or the sizes of model", err=True)
+            context.exit(2)
         except MinitrainError as error:
             click.echo(f"error: {error}", err=True)
             context.exit(error.exit_code)
@@ -124,7 +131,7 @@ def train(
     else:
         click.echo(train_text(outcome))
     ended = outcome.metrics.ended
-    problem = ended == "nonfinite" or bool(outcome.results.get("alerts"))
+    problem = outcome.metrics.first_nonfinite_step is not None or bool(outcome.results.get("alerts"))
     sys.exit(INTERRUPTED if ended == "interrupted" else int(problem))
 
 
@@ -174,34 +181,41 @@ def train_text(outcome: Outcome) -> str:
             f"next: minitrain train --resume --out-dir {folder.path}"
         )
     lines = [f"{metrics.steps} steps in {outcome.wall_clock_s:.1f} s -> {folder.path}"]
-    if metrics.ended == "nonfinite":
+    if metrics.first_nonfinite_step is not None:
+        ending = "stopped" if metrics.ended == "nonfinite" else "went on"
         lines.append(
-            f"stopped: loss or gradient norm is not finite at step {metrics.first_nonfinite_step} (see {folder.log})"
+            f"{ending}: loss or gradient norm is not finite at step {metrics.first_nonfinite_step} (see {folder.log})"
         )
-    else:
+    if math.isfinite(r["val_ppl"]):
         change = r["ppl_improvement_pct"]
         lines.append(
             f"validation perplexity {r['val_ppl']:.2f}, n-gram baseline {r['ngram_baseline_val_ppl']:.2f}: "
             f"{abs(change):.1f} % {'better' if change > 0 else 'worse'}"
         )
+    if metrics.ended == "complete":
         lines.append(f"digest {outcome.digest} (parameters, m, v)")
     return "\n".join([*lines, *(f"alert: {alert}" for alert in r["alerts"])])
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask the loop to stop at the next step boundary; a second one stops at once."""
-    asked = False
+    """Ctrl-C and SIGTERM ask the loop to stop at the next step boundary; a second one, or one before, stops at once."""
+    asked = training = False
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        if asked or not training:
             raise KeyboardInterrupt
         asked = True
 
+    def stop() -> bool:
+        nonlocal training
+        training = True  # the loop has begun: from now on it is asked
+        return asked
+
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield stop
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

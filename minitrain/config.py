@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from minitrain.errors import ConfigError, did_you_mean
@@ -39,7 +39,17 @@ Count = Annotated[int, _integer(1, _INT32_MAX)]
 CountOrZero = Annotated[int, _integer(0, _INT32_MAX)]
 Seed = Annotated[int, _integer(0, SEED_LIMIT - 1)]
 Flag = Annotated[bool, Field(description="true or false")]
-FilePath = Annotated[str, Field(min_length=1, description="the path of a file")]
+
+
+def _printable(path: str) -> str:
+    if not path.isprintable():
+        raise PydanticCustomError("path", "not printable")
+    return path
+
+
+FilePath = Annotated[
+    str, Field(min_length=1, description="the path of a file, without control characters"), AfterValidator(_printable)
+]
 NotNegative = Annotated[float, Field(ge=0, description="a finite number, 0 or more")]
 Positive = Annotated[float, Field(gt=0, description="a finite number above 0")]
 PositiveOrNull = Annotated[float | None, Field(gt=0, description="a finite number above 0, or null for none")]
@@ -174,13 +184,13 @@ _KEYS = {name: cast(type[_Section], field.annotation).model_fields for name, fie
 """The fields of each section, by key."""
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     """The defaults, under the YAML file at ``path`` (if any), under ``section.key=value`` overrides.
 
     An override's value is YAML too: ``optimizer.clip=null``, ``optimizer.lr_max=3e-4``; the last of two wins.
     Raises ConfigError: one line if the file cannot be read as a mapping, else a line for every mistake.
     """
-    tree, places = ({}, {}) if path is None else _read_file(path)
+    tree, places = ({}, {}) if path is None else _read_file(Path(path))
     mistakes = []
     for text in overrides:
         try:

@@ -128,7 +128,7 @@ def train(
     val_every: int = 50,
     log_every: int = 10,
     rng_seed: int = 42,
-    manifest_path: Path | None = None,
+    manifest_path: Path | str | None = None,
     *,
     listeners: Sequence[Listener] = (),
     on_nonfinite: str = "stop",
@@ -146,7 +146,7 @@ def train(
     set_seed(rng_seed)
     model.reseed(rng_seed)
     if manifest_path is not None:
-        write_json(manifest_path, describe(model, optimizer, rng_seed))
+        write_json(Path(manifest_path), describe(model, optimizer, rng_seed))
     metrics = Metrics(steps=scheduler.step_count)
     next_batch = _batches(train_iter)
     m, v = optimizer.bind(model.params, model.grads)

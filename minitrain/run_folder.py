@@ -72,6 +72,8 @@ class RunFolder:
                 raise RunError(f"{where}: another process is at work there; choose another or wait for it") from error
             if new:
                 self.require_free(self.path)  # again: another process may have been here meanwhile
+            for torn in self.path.glob(".*.partial"):  # of a process that was killed while it wrote
+                torn.unlink()
             yield
         finally:
             os.close(lock)
@@ -130,7 +132,7 @@ class RunFolder:
             )
 
     def log_lines(self) -> Iterator[dict[str, Any]]:
-        """The lines of train_log.jsonl. Raises RunError naming a damaged one."""
+        """The lines of train_log.jsonl, none where there is no log. Raises RunError naming a damaged one."""
         return (parsed for _, parsed in _whole_lines(self.log))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from minitrain import report
 from minitrain._ext.signatures import NUMERICS_VERSION
-from minitrain.assembly import Parts, assemble, prepare_data
+from minitrain.assembly import Parts, assemble, prepare_data, require_memory
 from minitrain.checkpoint import load_checkpoint, save_checkpoint, save_model
 from minitrain.config import Config, config_hash, to_yaml
 from minitrain.data.batches import EvalBatches
@@ -59,14 +59,15 @@ def run(
         require_unfinished(folder, config)
     else:
         RunFolder.require_free(out_dir)
+    require_memory(config)
     data = prepare_data(config)
     if resume:
         require_data(folder, data)
     parts = assemble(config, data)
     with folder.hold(new=not resume):
+        write_atomic(folder.config, to_yaml(config))
+        write_atomic(folder.tokenizer, data.tokenizer.to_json())
         if not resume:
-            write_atomic(folder.config, to_yaml(config))
-            write_atomic(folder.tokenizer, data.tokenizer.to_json())
             write_json(folder.manifest, manifest(config, data, parts.model, command_line))
         elif folder.checkpoint.exists():
             state = parts.state()
@@ -89,6 +90,7 @@ def run(
             if metrics.ended != "nonfinite":  # else the last finite checkpoint stays
                 keeper.save(parts.state())
         metrics.validations = keeper.earlier | metrics.validations
+        metrics.first_nonfinite_step, metrics.final_loss = keeper.first_nonfinite, keeper.last_loss
         ended = metrics.ended != "interrupted"
         results = finish(folder, config, data, parts, metrics, keeper, started) if ended else {}
     return Outcome(folder, metrics, results, parts.state().digest(), time.perf_counter() - started)
@@ -125,8 +127,9 @@ def finish(
     digest = parts.state().digest()
     ending = {key: results[key] for key in ("ended", "steps", "first_nonfinite_step")} | {"digest": digest}
     write_json(folder.manifest, {**folder.read_manifest(), "outcome": ending})
+    write_json(folder.results, finite_or_none(results))  # before the picture, should that fail
     report.write_curve(folder, config, results, data.baseline["best_perplexity"])
-    results["peak_rss_mb"] = peak_rss_mb()
+    results["peak_rss_mb"] = peak_rss_mb()  # most of it was the picture's
     report.write_page(folder, config, results, data.baseline["best_perplexity"])
     write_json(folder.results, finite_or_none(results))
     if metrics.ended == "complete":
@@ -142,25 +145,47 @@ class Keeper:
     WINDOW = 200
 
     def __init__(self, folder: RunFolder, config: Config, parts: Parts) -> None:
-        """Go on with the log at the current step."""
+        """Go on with the log at the current step. Raises RunError if a step before it is missing there."""
         self.alerts: list[str] = []
-        self._folder, self._config, self._parts = folder, config, parts
-        self._log = LogWriter(folder.log, parts.scheduler.step_count)
-        self.earlier = {line["step"]: _evaluation(line) for line in folder.log_lines() if "val_loss" in line}
+        self.earlier: dict[int, Evaluation] = {}
         """The validations of the processes before this one."""
+        self.first_nonfinite: int | None = None
+        self.last_loss = math.nan
+        self._folder, self._config, self._parts = folder, config, parts
         self._chance = self.PLATEAU * math.log(config.model.vocab_size)
         self._low = math.inf
         self._steps = 0
+        start = parts.scheduler.step_count
+        for line in folder.log_lines():
+            if line["step"] >= start:
+                continue  # after the checkpoint: these steps are done again
+            if "val_loss" in line:
+                self.earlier[line["step"]] = _evaluation(line)
+            elif line["step"] == self._steps:
+                self._watch(line["step"], _number(line["loss"]), "nonfinite" not in line)
+        if self._steps != start:
+            raise RunError(
+                f"{folder.log}: expected every step before {start}, where the checkpoint stands, got no step "
+                f"{self._steps}; restore the log, or delete {folder.checkpoint} to start again from step 0"
+            )
+        self._log = LogWriter(folder.log, start)
 
-    def stepped(self, stats: StepStats, state: State) -> None:
-        self._log.step(stats.step, stats.loss, stats.lr, stats.grad_norm, stats.grad_norm_clipped, stats.tokens)
-        self._steps += 1
-        if stats.loss < self._low:
-            self._low = stats.loss
+    def _watch(self, step: int, loss: float, finite: bool) -> None:
+        """What is known of a run from all its steps, in this process or before."""
+        self._steps = step + 1
+        self.last_loss = loss
+        if not finite and self.first_nonfinite is None:
+            self.first_nonfinite = step
+        if loss < self._low:
+            self._low = loss
         if self._steps == self.WINDOW and self._low > self._chance:
             self.alerts.append(
                 f"not learning: debug before scaling up (no loss below {self._chance:.2f} in {self.WINDOW} steps)"
             )
+
+    def stepped(self, stats: StepStats, state: State) -> None:
+        self._log.step(stats.step, stats.loss, stats.lr, stats.grad_norm, stats.grad_norm_clipped, stats.tokens)
+        self._watch(stats.step, stats.loss, stats.finite)
         if state.step % self._config.training.checkpoint_every == 0 and stats.finite:
             self.save(state)
             self._log.skip_time()
@@ -182,9 +207,13 @@ class Keeper:
         self._log.close()
 
 
+def _number(value: float | None) -> float:
+    """A number of the log, where null stands for NaN."""
+    return math.nan if value is None else value
+
+
 def _evaluation(line: dict[str, Any]) -> Evaluation:
-    """A validation line of the log, where null stands for NaN."""
-    loss = math.nan if line["val_loss"] is None else line["val_loss"]
+    loss = _number(line["val_loss"])
     return Evaluation(loss, perplexity(loss), 0)
 
 
@@ -231,9 +260,11 @@ def summary(
         "best_val_step": best[0] if best else None,
         "best_val_ppl": best[1].perplexity if best else math.nan,
         "ngram_baseline_val_ppl": baseline,
+        "ngram_val_ppl": data.baseline["perplexity"],
         "ngram_best_n": data.baseline["best_n"],
         "beats_baseline": val_ppl < baseline,
         "ppl_improvement_pct": 100 * (baseline - val_ppl) / baseline,
+        "peak_rss_mb": peak_rss_mb(),
         "alerts": alerts,
         "wall_clock_s": round(wall_clock_s, 3),
     }

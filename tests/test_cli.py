@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,10 @@ def test_config_as_argument_and_as_option():
         ("data.train_path=nope.txt", ["nope.txt", "expected a data file, found none"]),
         ("model.max_seq_len=8", ["expected at most 9 tokens", "raise model.max_seq_len", "train.jsonl, row"]),
         ("training.rng_seed=-1", ["training.rng_seed", "0 to 4294967295"]),
+        ('data.train_path="a\\tb.txt"', ["data.train_path", "without control characters"]),
+        ("training.batch_size=10000000", ["fits into", "GB of memory", "batch_size"]),
+        ("model.n_layer=100000000", ["fits into", "GB of memory", "n_layer"]),
+        ("data.train_path=/dev/zero", ["/dev/zero", "expected a regular file"]),
     ],
 )
 def test_bad_settings(setting, words):
@@ -236,6 +241,67 @@ def test_nonfinite_ends_with_1():
     result = train("--set", "optimizer.lr_max=1e30", "--set", "optimizer.clip=null")
     assert result.exit_code == 1
     assert "not finite at step" in result.stdout
+
+
+def test_nonfinite_that_goes_on_ends_with_1():
+    """With on_nonfinite: continue all steps are taken, and the end says where it began."""
+    setting = ["optimizer.lr_max=1e30", "optimizer.clip=null", "training.on_nonfinite=continue"]
+    result = train(*(word for s in setting for word in ("--set", s)))
+    assert result.exit_code == 1
+    assert "went on: loss or gradient norm is not finite at step" in result.stdout
+    assert "nan" not in result.stdout
+
+
+def test_a_resumed_run_knows_what_went_before():
+    """The alert, the first step that was not finite and the final loss come from the whole log."""
+    flat = ["optimizer.lr_max=1e-9", "optimizer.lr_min=0", "scheduler.total_steps=220", "training.batch_size=2"]
+    arguments = [word for setting in flat for word in ("--set", setting)]
+    whole = train(*arguments)
+    assert whole.exit_code == 1
+    assert "alert: not learning" in whole.stdout
+    results = json.loads(Path("run/results.json").read_text())
+    Path("run/COMPLETE").unlink()
+    again = minitrain("train", "--resume", "--out-dir", "run")
+    assert again.exit_code == 1
+    assert "alert: not learning" in again.stdout
+    resumed = json.loads(Path("run/results.json").read_text())
+    assert {k: v for k, v in resumed.items() if k not in ("wall_clock_s", "peak_rss_mb")} == {
+        k: v for k, v in results.items() if k not in ("wall_clock_s", "peak_rss_mb")
+    }
+
+
+def test_a_hole_in_the_log_is_named():
+    """A log that lacks steps before the checkpoint is not gone on with."""
+    assert train().exit_code == 0
+    Path("run/COMPLETE").unlink()
+    log = Path("run/train_log.jsonl")
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([*lines[:7], *lines[8:]]))
+    result = minitrain("train", "--resume", "--out-dir", "run")
+    assert result.exit_code == 2
+    assert "got no step 7" in result.stderr
+
+
+def test_ctrl_c_before_the_first_step(monkeypatch):
+    """Stopped while the data are read: 130, nothing written."""
+
+    def interrupted(config):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "prepare_data", interrupted)
+    result = train()
+    assert result.exit_code == 130
+    assert not Path("run").exists()
+
+
+def test_out_of_memory(monkeypatch):
+    """What the estimate did not see ends in a message too."""
+
+    def too_much(config):
+        raise MemoryError("1 TiB")
+
+    monkeypatch.setattr(trainer, "prepare_data", too_much)
+    refused(train(), "not enough memory (1 TiB)", "lower training.batch_size")
 
 
 def test_wrong_names_get_a_hint():

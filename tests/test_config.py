@@ -34,7 +34,7 @@ counts = st.integers(1, 2**31 - 1)
 below_one = st.floats(0, 1, exclude_max=True)
 not_negative = st.floats(0, allow_infinity=False)
 positive_or_null = st.none() | st.floats(0, exclude_min=True, allow_infinity=False)
-texts = st.text(st.characters(codec="utf-8"), min_size=1)
+texts = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.isprintable)
 heads = st.tuples(st.integers(1, 64), st.integers(1, 64))
 
 
@@ -180,8 +180,8 @@ OUT_OF_RANGE = [
     ("training.threads=65", "an integer from 1 to 64, got 65"),
     ("training.dtype=float16", "float32, got 'float16'"),
     ("training.backend=3", "compiled or reference, got 3"),
-    ("data.train_path=3", "the path of a file, got 3"),
-    ("data.train_path=''", "the path of a file, got ''"),
+    ("data.train_path=3", "the path of a file, without control characters, got 3"),
+    ("data.train_path=''", "the path of a file, without control characters, got ''"),
 ]
 
 

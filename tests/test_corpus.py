@@ -222,9 +222,10 @@ def test_file_refusals(tmp_path: Path, content: bytes, message: str):
 
 
 def test_missing_and_unreadable_files(tmp_path: Path):
-    """A path without a file, and a folder in the place of a file."""
+    """A path without a file, a folder in the place of a file, and a name that the system refuses."""
     assert "expected a data file, found none" in refusal(load, tmp_path / "none.jsonl")
-    assert "expected a file that can be read" in refusal(load_texts, tmp_path)
+    assert "expected a regular file" in refusal(load_texts, tmp_path)
+    assert "expected a file that can be read" in refusal(load_texts, tmp_path / ("x" * 300))
 
 
 # --- reading: own text ------------------------------------------------------------------------------------

@@ -118,6 +118,8 @@ def split_own_text(path: Path, samples: Sequence[Text]) -> tuple[list[Text], lis
 
 def _content(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for ever, a device might not end
+            raise DataError(f"{path}: expected a regular file, got something else; name another file")
         content = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: expected a data file, found none; correct data.train_path or data.val_path") from None

@@ -132,7 +132,7 @@ class Story:
         replay = f"minitrain replay {run} --step {first['step']} --nan-bisect"
         return (
             f"{text} The learning rate was {first['lr']:.3g}. To find the place where the number arose:\n\n"
-            f"```\n{replay}\n```\n\n"
+            f"```\n{replay}\n```\n\n(once this version has its replay room). "
             "Look there, then at the gradient norms and learning rates before it in train_log.jsonl."
         )
 
