@@ -98,9 +98,7 @@ class RunFolder:
         """Raises RunError unless a run stands here."""
         if not self.manifest.exists():
             what = "no manifest.json in it" if self.path.is_dir() else "no such folder"
-            raise RunError(
-                f"{self.path}: expected a run folder, got {what}; `minitrain train --out-dir {self.path}` starts a run"
-            )
+            raise RunError(f"{self.path}: expected a run folder, got {what}; name the --out-dir of an earlier run")
 
     def read_manifest(self) -> dict[str, Any]:
         """Raises RunError if it is damaged or of another schema."""
