@@ -27,8 +27,9 @@ NUMERICS_VERSION = 1
 """Raised by every change that moves a bit of a run (CHANGELOG.md says which)."""
 
 SPLITS = ("none", "sequence", "columns", "blocks", "elements")
-PANEL_FLOATS = 256 * 32
-"""Scratch of a matrix product: one packed panel (DEPTH * PANEL of include/tile.h, the larger of the two widths)."""
+MATMUL_FLOATS = 16 * (256 * 8 + 16) + 1024 * 256
+"""Scratch of a matrix product: a packed block of the left-hand side and packed columns of the right (include/tile.h:
+BLOCK_TILES * TILE_FLOATS(DEPTH) + BLOCK_COLUMNS * DEPTH, with the larger of the two TILE_ROWS)."""
 
 Sizes = dict[str, int]
 Rule = tuple[str, str, Callable[[Sizes], bool]]
@@ -148,11 +149,14 @@ _HYPER: Rule = ("hyper", "lr, beta1, beta2, eps, decay and t", lambda s: s["R"] 
 SIGNATURES: dict[str, Signature] = {
     s.name: s
     for s in [
-        _signature("linear_forward", "y[B,T,N]; x[B,T,K], weight[N,K], bias[N]?", "sequence", lambda _: PANEL_FLOATS),
+        _signature("linear_forward", "y[B,T,N]; x[B,T,K], weight[N,K], bias[N]?", "sequence", lambda _: MATMUL_FLOATS),
         _signature(
-            "linear_backward_input", "dx[B,T,K]; dy[B,T,N], weight[N,K]; accumulate", "sequence", lambda _: PANEL_FLOATS
+            "linear_backward_input",
+            "dx[B,T,K]; dy[B,T,N], weight[N,K]; accumulate",
+            "sequence",
+            lambda _: MATMUL_FLOATS,
         ),
-        _signature("linear_backward_weight", "dweight[N,K]; dy[B,T,N], x[B,T,K]", "columns", lambda _: PANEL_FLOATS),
+        _signature("linear_backward_weight", "dweight[N,K]; dy[B,T,N], x[B,T,K]", "columns", lambda _: MATMUL_FLOATS),
         _signature("bias_backward", "dbias[B,N]; dy[B,T,N]", "sequence"),
         _signature("sum_sequences", "total[N]; partial[B,N]", "columns"),
         _signature("embedding_forward", "x[B,T,C]; tokens[B,T]:i4, weight[V,C]", "sequence"),

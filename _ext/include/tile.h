@@ -4,7 +4,8 @@
 // sums are chains of DEPTH added in order. Vectors run across n and tiles across m and n, so neither the
 // tile's size nor the instruction set touches the order: the bits are those of a plain triple loop.
 // The right-hand side is packed into panels of PANEL columns, k-major, so that the inner loop reads memory in order;
-// columns past the edge are packed as 0 and never stored.
+// columns past the edge are packed as 0 and never stored. The left-hand side is read where it stands while it is small;
+// a large one is packed as well, a block of tiles at a time (kernels/matmul.pxi decides).
 #ifndef MINITRAIN_TILE_H
 #define MINITRAIN_TILE_H
 #include "lanes.h"
@@ -18,6 +19,11 @@
 #define PANEL_VECTORS 1  // 6 x 16: 12 of 16 registers with AVX2
 #endif
 #define PANEL (LANES * PANEL_VECTORS)
+// A block of the left-hand side as it is packed: BLOCK_TILES tiles, each TILE_FLOATS(depth) from the next. The 16 floats
+// between them take the stores that run over, and keep the tiles off the same cache sets.
+#define BLOCK_TILES 16
+#define BLOCK_COLUMNS 1024  // of the right-hand side that are packed for all blocks of the left
+#define TILE_FLOATS(depth) ((depth) * TILE_ROWS + 16)
 
 // c[rows, n] = a[rows, depth] . panel (+ c if accumulate) (+ bias[n]); element (i, k) of a stands at a[i*row + k*step].
 // rows and vectors are literals at every call, so the accumulators stay in registers.
@@ -81,7 +87,9 @@ INLINE void pack_rows(float *panel, int64_t width, const float *b, int64_t ldb, 
     for (int64_t j = 0; j < width; j += LANES) vstore(panel + j, vload_n(b + j, n - j));
 }
 
+// out[k*ldo + j] = in[j*ldi + k], k after k: with ldo < 8 each row of out takes back what the one before wrote too far
 #if defined(MINITRAIN_AVX512) || defined(MINITRAIN_AVX2)
+INLINE void copy8(float *out, const float *in) { _mm256_storeu_ps(out, _mm256_loadu_ps(in)); }
 INLINE void transpose8x8(float *out, int64_t ldo, const float *in, int64_t ldi) {
   __m256 r[8], t[8];
   for (int q = 0; q < 8; q++) r[q] = _mm256_loadu_ps(in + q * ldi);
@@ -95,12 +103,11 @@ INLINE void transpose8x8(float *out, int64_t ldo, const float *in, int64_t ldi) 
     r[q + 2] = _mm256_shuffle_ps(t[q + 1], t[q + 3], 0x44);
     r[q + 3] = _mm256_shuffle_ps(t[q + 1], t[q + 3], 0xEE);
   }
-  for (int q = 0; q < 4; q++) {
-    _mm256_storeu_ps(out + q * ldo, _mm256_permute2f128_ps(r[q], r[q + 4], 0x20));
-    _mm256_storeu_ps(out + (q + 4) * ldo, _mm256_permute2f128_ps(r[q], r[q + 4], 0x31));
-  }
+  for (int q = 0; q < 4; q++) _mm256_storeu_ps(out + q * ldo, _mm256_permute2f128_ps(r[q], r[q + 4], 0x20));
+  for (int q = 0; q < 4; q++) _mm256_storeu_ps(out + (q + 4) * ldo, _mm256_permute2f128_ps(r[q], r[q + 4], 0x31));
 }
 #else
+INLINE void copy8(float *out, const float *in) { for (int i = 0; i < 8; i++) out[i] = in[i]; }
 INLINE void transpose8x8(float *out, int64_t ldo, const float *in, int64_t ldi) {
   for (int k = 0; k < 8; k++) for (int j = 0; j < 8; j++) out[k * ldo + j] = in[j * ldi + k];
 }
@@ -114,5 +121,30 @@ INLINE void pack_columns(float *panel, int64_t width, const float *b, int64_t ld
     for (; k < depth; k++)
       for (int64_t i = j; i < j + 8; i++) panel[k * width + i] = i < n ? b[i * ldb + k] : 0.0f;
   }
+}
+
+// Tile t of out, at t * TILE_FLOATS(depth): out[k * TILE_ROWS + i] = a[(t * TILE_ROWS + i) * row + k * step], for M rows;
+// `readable` rows may be read. Eight at a time where they may, though a tile has fewer: the surplus is overwritten.
+INLINE void pack_left(float *out, const float *a, int64_t row, int64_t step, int64_t M, int64_t readable, int64_t depth) {
+  int64_t wide = 0;  // rows of tiles that can be read eight rows at a time
+  while (wide < M && wide + 8 <= readable) wide += TILE_ROWS;
+  if (row == 1)
+    for (int64_t k = 0; k < depth; k++) {
+      float *o = out + k * TILE_ROWS;
+      for (int64_t m = 0; m < wide; m += TILE_ROWS, o += TILE_FLOATS(depth)) copy8(o, a + k * step + m);
+    }
+  for (int64_t m = 0; m < M; m += TILE_ROWS, out += TILE_FLOATS(depth)) {
+    int64_t k = 0, rows = M - m < TILE_ROWS ? M - m : TILE_ROWS;
+    if (m < wide && row == 1) continue;
+    if (m < wide && step == 1)
+      for (; k + 8 <= depth; k += 8) transpose8x8(out + k * TILE_ROWS, TILE_ROWS, a + m * row + k, row);
+    for (; k < depth; k++)
+      for (int64_t i = 0; i < rows; i++) out[k * TILE_ROWS + i] = a[(m + i) * row + k * step];
+  }
+}
+
+// the rows of c that a tile is about to write
+INLINE void prefetch_rows(const float *c, int64_t ldc) {
+  for (int i = 0; i < TILE_ROWS; i++) __builtin_prefetch(c + i * ldc, 1);
 }
 #endif

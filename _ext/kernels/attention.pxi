@@ -9,29 +9,20 @@ cdef inline int64_t block_end(int64_t i0, int64_t T) noexcept nogil:
     return min(T, i0 + 16)
 
 
-cdef void pack(float *panels, const float *b, int64_t ldb, bint transposed, int64_t N, int64_t K) noexcept nogil:
-    """All panels of b, one after the other: panel j starts at j * K floats."""
-    cdef int64_t j = 0, width
-    while j < N:
-        width = panel_width(N - j)
-        if transposed:
-            pack_columns(panels + j * K, width, b + j * ldb, ldb, K, min(width, N - j))
-        else:
-            pack_rows(panels + j * K, width, b + j, ldb, K, min(width, N - j))
-        j += width
-
-
-cdef void multiply(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, const float *panels,
-                   int64_t packed_n, int64_t packed_k, int64_t M, int64_t N, int64_t k0, int64_t k1) noexcept nogil:
+cdef void product(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, const float *panels,
+                  int64_t packed_n, int64_t packed_k, int64_t M, int64_t N, int64_t k0, int64_t k1) noexcept nogil:
     """c[M, N] = a[M, k0:k1] . b[k0:k1, N] with b packed (all of it: packed_n columns, packed_k rows)."""
-    cdef int64_t j = 0, k, width, depth
+    cdef int64_t j = 0, m, k, width, depth
     while j < N:
         width = panel_width(packed_n - j)
         k = k0
         while k < k1:
             depth = min(<int64_t>DEPTH, k1 - k)
-            multiply_panel(c + j, ldc, a + k * step, row, step, panels + j * packed_k + k * width, width,
-                           M, min(width, N - j), depth, k > k0, NULL)
+            m = 0
+            while m < M:
+                tile(<int>min(<int64_t>TILE_ROWS, M - m), depth, a + m * row + k * step, row, step,
+                     panels + j * packed_k + k * width, width, c + m * ldc + j, ldc, k > k0, NULL, min(width, N - j))
+                m += TILE_ROWS
             k += depth
         j += width
 
@@ -70,17 +61,17 @@ cdef void attention_forward(float *o, float *p, const float *q, const float *k, 
                             int64_t T, int64_t C, int64_t D, float *scratch) noexcept nogil:
     cdef int64_t i0, i, end, rows
     cdef float scale = <float>(1.0 / sqrt(<double>D))
-    pack(scratch, k, C, True, T, D)
+    pack_right(scratch, k, C, True, T, D)
     for i0 in range(0, T, 16):
         end = block_end(i0, T)
         rows = end - i0
-        multiply(p + i0 * T, T, q + i0 * C, C, 1, scratch, T, D, rows, end, 0, D)
+        product(p + i0 * T, T, q + i0 * C, C, 1, scratch, T, D, rows, end, 0, D)
         for i in range(i0, end):
             softmax_row(p + i * T, keys, i + 1, end, T, scale)
-    pack(scratch, v, C, False, D, T)
+    pack_right(scratch, v, C, False, D, T)
     for i0 in range(0, T, 16):
         end = block_end(i0, T)
-        multiply(o + i0 * C, C, p + i0 * T, T, 1, scratch, D, T, end - i0, D, 0, end)
+        product(o + i0 * C, C, p + i0 * T, T, 1, scratch, D, T, end - i0, D, 0, end)
 
 
 # dv = p^T . do; dp = do . v^T; ds = scale * p * (dp - sum(dp * p)); dq = ds . k; dk = ds^T . q
@@ -92,13 +83,13 @@ cdef void attention_backward(float *dq, float *dk, float *dv, float *dp, const f
     cdef float *ds = scratch
     cdef float *panels = scratch + T * T
     cdef V total, shift, d, vscale = vset(scale)
-    pack(panels, do_, C, False, D, T)
+    pack_right(panels, do_, C, False, D, T)
     for i0 in range(0, T, 16):                           # keys i0.. are seen by the queries from i0 on
-        multiply(dv + i0 * C, C, p + i0, 1, T, panels, D, T, block_end(i0, T) - i0, D, i0, T)
-    pack(panels, v, C, True, T, D)
+        product(dv + i0 * C, C, p + i0, 1, T, panels, D, T, block_end(i0, T) - i0, D, i0, T)
+    pack_right(panels, v, C, True, T, D)
     for i0 in range(0, T, 16):
         end = block_end(i0, T)
-        multiply(dp + i0 * T, T, do_ + i0 * C, C, 1, panels, T, D, end - i0, end, 0, D)
+        product(dp + i0 * T, T, do_ + i0 * C, C, 1, panels, T, D, end - i0, end, 0, D)
         for i in range(i0, end):
             total = vzero()
             for j in range(0, end, 16):
@@ -111,10 +102,10 @@ cdef void attention_backward(float *dq, float *dk, float *dv, float *dp, const f
             for j in range(0, end, 16):
                 d = vmul(vmul(vload_n(p + i * T + j, end - j), vscale), vsub(vload_n(dp + i * T + j, end - j), shift))
                 vstore_n(ds + i * T + j, d, end - j)
-    pack(panels, k, C, False, D, T)
+    pack_right(panels, k, C, False, D, T)
     for i0 in range(0, T, 16):
         end = block_end(i0, T)
-        multiply(dq + i0 * C, C, ds + i0 * T, T, 1, panels, D, T, end - i0, D, 0, end)
-    pack(panels, q, C, False, D, T)
+        product(dq + i0 * C, C, ds + i0 * T, T, 1, panels, D, T, end - i0, D, 0, end)
+    pack_right(panels, q, C, False, D, T)
     for i0 in range(0, T, 16):
-        multiply(dk + i0 * C, C, ds + i0, 1, T, panels, D, T, block_end(i0, T) - i0, D, i0, T)
+        product(dk + i0 * C, C, ds + i0, 1, T, panels, D, T, block_end(i0, T) - i0, D, i0, T)

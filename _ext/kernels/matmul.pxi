@@ -9,14 +9,51 @@ cdef inline int64_t panel_width(int64_t n) noexcept nogil:
     return 16 if n <= 16 else PANEL
 
 
-cdef void multiply_panel(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, const float *panel,
-                         int64_t width, int64_t M, int64_t n, int64_t depth, bint accumulate, const float *bias) noexcept nogil:
-    """c[M, n] = a[M, depth] . panel[depth, n] for one packed panel and at most DEPTH values of k."""
-    cdef int64_t m = 0
+cdef void pack_right(float *right, const float *b, int64_t ldb, bint transposed, int64_t N, int64_t depth) noexcept nogil:
+    """b[depth, N] in panels, one after the other: the one of column j starts at j * depth."""
+    cdef int64_t j = 0, width
+    while j < N:
+        width = panel_width(N - j)
+        if transposed:
+            pack_columns(right + j * depth, width, b + j * ldb, ldb, depth, min(width, N - j))
+        else:
+            pack_rows(right + j * depth, width, b + j, ldb, depth, min(width, N - j))
+        j += width
+
+
+cdef void multiply_panels(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, int64_t tile_step,
+                          const float *right, int64_t M, int64_t N, int64_t depth, bint accumulate,
+                          const float *bias) noexcept nogil:
+    """c[M, N] = a . right (+ c) (+ bias) for at most DEPTH values of k; each tile of a stands tile_step from the last."""
+    cdef int64_t j = 0, m, width
+    cdef const float *rows
+    while j < N:
+        width = panel_width(N - j)
+        m = 0
+        rows = a
+        while m < M:
+            if M - m >= TILE_ROWS:
+                prefetch_rows(c + m * ldc + j, ldc)
+            tile(<int>min(<int64_t>TILE_ROWS, M - m), depth, rows, row, step, right + j * depth, width,
+                 c + m * ldc + j, ldc, accumulate, bias + j if bias != NULL else NULL, min(width, N - j))
+            m += TILE_ROWS
+            rows += tile_step
+        j += width
+
+
+cdef void multiply(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, const float *right, int64_t M,
+                   int64_t N, int64_t depth, bint accumulate, const float *bias, bint large, float *scratch) noexcept nogil:
+    """The same, with the tiles of a large a packed first, BLOCK_TILES at a time for all panels: the block then stays in
+    the second-level cache (Goto & van de Geijn, ACM TOMS 34, 2008). No bit depends on it."""
+    cdef int64_t m = 0, rows
+    if not large:
+        multiply_panels(c, ldc, a, row, step, TILE_ROWS * row, right, M, N, depth, accumulate, bias)
+        return
     while m < M:
-        tile(<int>min(<int64_t>TILE_ROWS, M - m), depth, a + m * row, row, step, panel, width,
-             c + m * ldc, ldc, accumulate, bias, n)
-        m += TILE_ROWS
+        rows = min(<int64_t>BLOCK_TILES * TILE_ROWS, M - m)
+        pack_left(scratch, a + m * row, row, step, rows, M - m, depth)
+        multiply_panels(c + m * ldc, ldc, scratch, 1, TILE_ROWS, TILE_FLOATS(depth), right, rows, N, depth, accumulate, bias)
+        m += rows
 
 
 cdef void matmul(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, const float *b, int64_t ldb,
@@ -24,22 +61,23 @@ cdef void matmul(float *c, int64_t ldc, const float *a, int64_t row, int64_t ste
                  float *scratch) noexcept nogil:
     """c[M, N] = a . b (+ c) (+ bias): a[i, k] at a[i*row + k*step]; b[k, j] at b[k*ldb + j], or b[j*ldb + k] if transposed.
 
-    scratch: DEPTH * PANEL floats.
+    scratch: signatures.MATMUL_FLOATS.
     """
-    cdef int64_t k = 0, j, depth, width
-    while k < K:
-        depth = min(<int64_t>DEPTH, K - k)
-        j = 0
-        while j < N:
-            width = panel_width(N - j)
-            if transposed:
-                pack_columns(scratch, width, b + j * ldb + k, ldb, depth, min(width, N - j))
-            else:
-                pack_rows(scratch, width, b + k * ldb + j, ldb, depth, min(width, N - j))
-            multiply_panel(c + j, ldc, a + k * step, row, step, scratch, width, M, min(width, N - j), depth,
-                           accumulate or k > 0, bias + j if bias != NULL and k + depth == K else NULL)
-            j += width
-        k += depth
+    cdef float *right = scratch + BLOCK_TILES * TILE_FLOATS(DEPTH)
+    # Packing a is worth its while where an element serves many columns, and a has outgrown the cache or would be read
+    # along addresses that share a set of it. Measured.
+    cdef bint large = N >= 96 and (M * K > 98304 or (row == 1 and step >= 512))
+    cdef int64_t j = 0, k, n, depth
+    while j < N:
+        n = min(<int64_t>BLOCK_COLUMNS, N - j)
+        k = 0
+        while k < K:
+            depth = min(<int64_t>DEPTH, K - k)
+            pack_right(right, b + (j * ldb + k if transposed else k * ldb + j), ldb, transposed, n, depth)
+            multiply(c + j, ldc, a + k * step, row, step, right, M, n, depth, accumulate or k > 0,
+                     bias + j if bias != NULL and k + depth == K else NULL, large, scratch)
+            k += depth
+        j += n
 
 
 # y = x . W^T + b
