@@ -9,7 +9,8 @@ a letter stands for the same size wherever a line uses it. ``split`` says what t
 * ``blocks`` - blocks of 4096 elements, ``elements`` - groups of 16: work on the flat buffers;
 * ``none`` - one thread.
 
-Values are the caller's business: token ids within the vocabulary (MiniGPT checks them), ``offsets`` that rise to P.
+Values are the caller's business: token ids within the vocabulary (MiniGPT checks them), ``offsets`` that rise to P,
+attention weights and their gradients that are 0 past the causal blocks when they are made.
 """
 
 from __future__ import annotations

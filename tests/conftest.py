@@ -48,7 +48,10 @@ def isa_backend(request: pytest.FixtureRequest, backends: dict[tuple[str, int], 
 # Kernels: arguments that fit a signature
 
 IN_PLACE = {"rope": {"x"}, "scale": {"g"}, "clamp": {"g"}, "adamw": {"theta", "m", "v"}}
-"""Outputs that are read as well. Those of `accumulate` come on top; all others hold NaN before the call."""
+"""Outputs that are read as well. Those of `accumulate` come on top; all others but ZEROED hold NaN before the call."""
+
+ZEROED = {"attention_forward": {"p"}, "attention_backward": {"dp"}}
+"""Outputs that are zeros before the call: the kernel does not write what lies past the causal mask's blocks."""
 
 HYPER = (1e-3, 0.9, 0.95, 1e-8, 0.1, 7.0)
 
@@ -127,6 +130,8 @@ def draw_arguments(kernel: str, sizes: Sizes, rng: np.random.Generator) -> list[
         shape = tuple(sizes[d] for d in a.dims)
         if a.optional and rng.random() < 0.5:
             arguments.append(None)
+        elif a.output and a.name in ZEROED.get(kernel, ()):
+            arguments.append(np.zeros(shape, a.dtype))
         elif a.output and a.name not in read:
             arguments.append(np.full(shape, np.nan, a.dtype))
         else:

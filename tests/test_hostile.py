@@ -18,7 +18,7 @@ f4 = np.float32
 def attention(backend, q, k, v, heads, dtype=f4):
     """Outputs and weights of causal attention without a key mask."""
     B, T, _ = q.shape
-    o, p = np.full(q.shape, np.nan, dtype), np.full((B, heads, T, T), np.nan, dtype)
+    o, p = np.full(q.shape, np.nan, dtype), np.zeros((B, heads, T, T), dtype)
     mask = np.ones((B, T), np.uint8)
     call(backend, "attention_forward", o, p, *(x.astype(dtype) for x in (q, k, v)), mask)
     return o, p

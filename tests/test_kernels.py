@@ -174,6 +174,26 @@ def test_large_products_are_small_ones(kernel, kernels, backends):
         assert np.array_equal(actual.view(np.uint32), expected.view(np.uint32)), key
 
 
+def test_attention_leaves_what_is_masked(kernels, isa_backend):
+    """Scores past the block of 16 queries are neither computed, read nor written: NaN may stand there."""
+    sizes = {"B": 2, "T": 53, "C": 24, "H": 2}
+    query, key = np.indices((53, 53))
+    past = key >= np.minimum(53, query // 16 * 16 + 16)
+    rng = np.random.default_rng(0)
+    for kernel, position in (("attention_forward", 1), ("attention_backward", 3)):
+        arguments = kernels.arguments(kernel, sizes, rng)
+        clean = kernels.run(isa_backend, kernel, arguments)
+        arguments[position][..., past] = np.nan
+        if kernel == "attention_backward":
+            arguments[5][..., past] = np.nan
+        dirty = kernels.run(isa_backend, kernel, arguments)
+        scores = SIGNATURES[kernel].arrays[position].name
+        assert np.isnan(dirty[scores][..., past]).all()
+        clean[scores][..., past] = np.nan
+        for name in clean:
+            assert kernels.bits(dirty[name]) == kernels.bits(clean[name]), f"{kernel}: {name}"
+
+
 # The twins against finite differences
 
 

@@ -1,8 +1,8 @@
 # Causal multi-head attention of one head of one sequence. Heads are columns of (T, C) arrays, so no copy splits them.
 #
 # Queries go in blocks of 16. Block i0 sees the keys before its end, e = min(T, i0 + 16): scores past e are neither
-# computed nor read, and the block's masked entries are exact zeros. Blocks are 16 on every instruction set, because
-# they decide where the sums over keys end.
+# computed, read nor written (p and dp are zeros when they are made, and stay so there), and the block's own masked
+# entries are exact zeros. Blocks are 16 on every instruction set, because they decide where the sums over keys end.
 
 
 cdef inline int64_t block_end(int64_t i0, int64_t T) noexcept nogil:
@@ -36,8 +36,8 @@ cdef void key_lanes(uint32_t *keys, const uint8_t *key_mask, int64_t T) noexcept
         keys[j >> 4] |= <uint32_t>(key_mask[j] != 0) << (j & 15)
 
 
-cdef void softmax_row(float *p, const uint32_t *keys, int64_t seen, int64_t end, int64_t T, float scale) noexcept nogil:
-    """p[0:T] = softmax(scale * p) over the first `seen` keys that the mask allows; 0 elsewhere, also if there are none."""
+cdef void softmax_row(float *p, const uint32_t *keys, int64_t seen, int64_t end, float scale) noexcept nogil:
+    """p[0:end] = softmax(scale * p) over the first `seen` keys that the mask allows; 0 elsewhere, also if there are none."""
     cdef int64_t j
     cdef V top = vset(-INFINITY), total = vzero(), shift, e, vscale = vset(scale)
     cdef float s
@@ -52,8 +52,6 @@ cdef void softmax_row(float *p, const uint32_t *keys, int64_t seen, int64_t end,
     e = vset(<float>1.0 / s if s != 0 else <float>0.0)     # 0 only where no key is seen: else the largest adds 1
     for j in range(0, end, 16):
         vstore_n(p + j, vmul(vload_n(p + j, end - j), e), end - j)
-    for j in range(end, T, 16):
-        vstore_n(p + j, vzero(), T - j)
 
 
 # s = scale * q . k^T; p = softmax(s) over the keys <= the query that are real; o = p . v
@@ -67,7 +65,7 @@ cdef void attention_forward(float *o, float *p, const float *q, const float *k, 
         rows = end - i0
         product(p + i0 * T, T, q + i0 * C, C, 1, scratch, T, D, rows, end, 0, D)
         for i in range(i0, end):
-            softmax_row(p + i * T, keys, i + 1, end, T, scale)
+            softmax_row(p + i * T, keys, i + 1, end, scale)
     pack_right(scratch, v, C, False, D, T)
     for i0 in range(0, T, 16):
         end = block_end(i0, T)
@@ -96,8 +94,6 @@ cdef void attention_backward(float *dq, float *dk, float *dv, float *dp, const f
                 d = vselect(lane_bits(i + 1 - j), vload_n(dp + i * T + j, end - j), vzero())
                 vstore_n(dp + i * T + j, d, end - j)
                 total = vfma(d, vload_n(p + i * T + j, end - j), total)
-            for j in range(end, T, 16):
-                vstore_n(dp + i * T + j, vzero(), T - j)
             shift = vset(vsum(total))
             for j in range(0, end, 16):
                 d = vmul(vmul(vload_n(p + i * T + j, end - j), vscale), vsub(vload_n(dp + i * T + j, end - j), shift))
