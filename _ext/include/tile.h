@@ -34,6 +34,7 @@ INLINE void tile_body(const int rows, const int vectors, int64_t depth, const fl
   for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; j++) sum[i][j] = vzero();
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; k++) {
     V b[PANEL_VECTORS];
 #pragma GCC unroll 4
