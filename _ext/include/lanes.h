@@ -16,6 +16,7 @@
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
+INLINE uint32_t lane_bits(int64_t n) { return n >= LANES ? 0xFFFFu : n <= 0 ? 0u : (1u << n) - 1u; }
 
 #if defined(MINITRAIN_AVX512)  // ------------------------------------------------------------ one 512-bit register
 #include <immintrin.h>
@@ -37,7 +38,7 @@ INLINE V vselect_gt(V x, V y, V a, V b) { return _mm512_mask_blend_ps(_mm512_cmp
 INLINE V vselect_nan(V x, V a, V b) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), b, a); }
 INLINE V vswap_pairs(V a) { return _mm512_permute_ps(a, 0xB1); }  // lanes 1 0 3 2 5 4 ...
 INLINE V vload_bits(uint32_t bits, const float *p) { return _mm512_maskz_loadu_ps((__mmask16)bits, p); }
-INLINE void vstore_bits(uint32_t bits, float *p, V a) { _mm512_mask_storeu_ps(p, (__mmask16)bits, a); }
+INLINE void vstore_first(float *p, V a, int64_t n) { _mm512_mask_storeu_ps(p, (__mmask16)lane_bits(n), a); }
 INLINE V vadd_int(V a, V b) { return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
 INLINE V vsub_int(V a, V b) { return _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
 INLINE V vand_int(V a, uint32_t b) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32((int)b))); }
@@ -84,9 +85,14 @@ INLINE V vswap_pairs(V a) { return BOTH(_mm256_permute_ps(a.lo, 0xB1), _mm256_pe
 INLINE V vload_bits(uint32_t bits, const float *p) {
   return BOTH(_mm256_maskload_ps(p, spread8(bits)), _mm256_maskload_ps(p + 8, spread8(bits >> 8)));
 }
-INLINE void vstore_bits(uint32_t bits, float *p, V a) {
-  _mm256_maskstore_ps(p, spread8(bits), a.lo);
-  _mm256_maskstore_ps(p + 8, spread8(bits >> 8), a.hi);
+INLINE void vstore_first(float *p, V a, int64_t n) {  // n < 16; by parts, because AMD's masked store is slow
+  __m256 x = a.lo;
+  if (n <= 0) return;
+  if (n & 8) { _mm256_storeu_ps(p, x); p += 8; x = a.hi; }
+  __m128 y = _mm256_castps256_ps128(x);
+  if (n & 4) { _mm_storeu_ps(p, y); p += 4; y = _mm256_extractf128_ps(x, 1); }
+  if (n & 2) { _mm_storel_pi((__m64 *)p, y); p += 2; y = _mm_movehl_ps(y, y); }
+  if (n & 1) _mm_store_ss(p, y);
 }
 INLINE V vadd_int(V a, V b) { return BOTH(as_float(_mm256_add_epi32(as_int(a.lo), as_int(b.lo))), as_float(_mm256_add_epi32(as_int(a.hi), as_int(b.hi)))); }
 INLINE V vsub_int(V a, V b) { return BOTH(as_float(_mm256_sub_epi32(as_int(a.lo), as_int(b.lo))), as_float(_mm256_sub_epi32(as_int(a.hi), as_int(b.hi)))); }
@@ -121,7 +127,7 @@ INLINE V vselect_gt(V x, V y, V a, V b) { EACH_LANE(x.f[i] > y.f[i] ? a.f[i] : b
 INLINE V vselect_nan(V x, V a, V b) { EACH_LANE(x.f[i] != x.f[i] ? a.f[i] : b.f[i]); }
 INLINE V vswap_pairs(V a) { EACH_LANE(a.f[i ^ 1]); }
 INLINE V vload_bits(uint32_t bits, const float *p) { EACH_LANE(bits >> i & 1 ? p[i] : 0.0f); }
-INLINE void vstore_bits(uint32_t bits, float *p, V a) { for (int i = 0; i < LANES; i++) if (bits >> i & 1) p[i] = a.f[i]; }
+INLINE void vstore_first(float *p, V a, int64_t n) { for (int i = 0; i < n; i++) p[i] = a.f[i]; }
 INLINE V vadd_int(V a, V b) { EACH_BITS(float_bits(a.f[i]) + float_bits(b.f[i])); }
 INLINE V vsub_int(V a, V b) { EACH_BITS(float_bits(a.f[i]) - float_bits(b.f[i])); }
 INLINE V vand_int(V a, uint32_t b) { EACH_BITS(float_bits(a.f[i]) & b); }
@@ -134,9 +140,8 @@ INLINE V vint_to_float(V a) { EACH_LANE((float)(int32_t)float_bits(a.f[i])); }
 #endif
 
 INLINE V vzero(void) { return vset(0.0f); }
-INLINE uint32_t lane_bits(int64_t n) { return n >= LANES ? 0xFFFFu : n <= 0 ? 0u : (1u << n) - 1u; }
 INLINE V vload_n(const float *p, int64_t n) { return n >= LANES ? vload(p) : vload_bits(lane_bits(n), p); }
-INLINE void vstore_n(float *p, V a, int64_t n) { if (n >= LANES) vstore(p, a); else vstore_bits(lane_bits(n), p, a); }
+INLINE void vstore_n(float *p, V a, int64_t n) { if (n >= LANES) vstore(p, a); else vstore_first(p, a, n); }
 
 // The fixed tree: lanes i and i+8, then i and i+4, i+2, i+1.
 #if defined(MINITRAIN_AVX512) || defined(MINITRAIN_AVX2)

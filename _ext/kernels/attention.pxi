@@ -39,17 +39,23 @@ cdef void key_lanes(uint32_t *keys, const uint8_t *key_mask, int64_t T) noexcept
 cdef void softmax_row(float *p, const uint32_t *keys, int64_t seen, int64_t end, float scale) noexcept nogil:
     """p[0:end] = softmax(scale * p) over the first `seen` keys that the mask allows; 0 elsewhere, also if there are none."""
     cdef int64_t j
-    cdef V top = vset(-INFINITY), total = vzero(), shift, e, vscale = vset(scale)
-    cdef float s
+    cdef uint32_t bits
+    cdef V top = vset(-INFINITY), total = vzero(), x, e, shift, vscale = vset(scale)
+    cdef float sum
     for j in range(0, end, 16):
-        top = vmax(vselect(keys[j >> 4] & lane_bits(seen - j), vload_n(p + j, end - j), vset(-INFINITY)), top)
+        bits = keys[j >> 4] & lane_bits(seen - j)
+        x = vload_n(p + j, end - j)
+        top = vmax(x if bits == 0xFFFF else vselect(bits, x, vset(-INFINITY)), top)
     shift = vset(vmaximum(top) * scale)                  # rounded like every scaled score: the largest is exp(0)
     for j in range(0, end, 16):
-        e = vselect(keys[j >> 4] & lane_bits(seen - j), vexp(vsub(vmul(vload_n(p + j, end - j), vscale), shift)), vzero())
+        bits = keys[j >> 4] & lane_bits(seen - j)
+        e = vexp(vsub(vmul(vload_n(p + j, end - j), vscale), shift))
+        if bits != 0xFFFF:
+            e = vselect(bits, e, vzero())
         vstore_n(p + j, e, end - j)
         total = vadd(total, e)
-    s = vsum(total)
-    e = vset(<float>1.0 / s if s != 0 else <float>0.0)     # 0 only where no key is seen: else the largest adds 1
+    sum = vsum(total)
+    e = vset(<float>1.0 / sum if sum != 0 else <float>0.0)  # 0 only where no key is seen: else the largest adds 1
     for j in range(0, end, 16):
         vstore_n(p + j, vmul(vload_n(p + j, end - j), e), end - j)
 
