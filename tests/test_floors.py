@@ -18,7 +18,8 @@ FLOORS = [
     ["data", "model", "optim", "checkpoint", "run_folder"],
     ["loop", "report", "assembly"],
     ["trainer", "selftest", "replay"],
-    ["cli"],
+    ["cli", "terminal"],
+    ["commands"],
     ["__init__", "__main__"],
 ]
 """From the ground up. A folder is one room, in which modules may import each other."""
