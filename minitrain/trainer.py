@@ -47,10 +47,12 @@ def run(
     resume: bool = False,
     command_line: Sequence[str] = (),
     listeners: Sequence[Listener] = (),
+    stem: str = "minigpt",
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train as configured into ``out_dir``, or go on with the run that stands there.
 
+    ``stem`` begins the name of the model file.
     Raises MinitrainError with nothing half written: everything is checked before the folder is touched.
     """
     started = time.perf_counter()
@@ -92,7 +94,7 @@ def run(
         metrics.validations = keeper.earlier | metrics.validations
         metrics.first_nonfinite_step, metrics.final_loss = keeper.first_nonfinite, keeper.last_loss
         ended = metrics.ended != "interrupted"
-        results = finish(folder, config, data, parts, metrics, keeper, started) if ended else {}
+        results = finish(folder, config, data, parts, metrics, keeper, started, stem) if ended else {}
     return Outcome(folder, metrics, results, parts.state().digest(), time.perf_counter() - started)
 
 
@@ -116,13 +118,20 @@ def require_data(folder: RunFolder, data: Prepared) -> None:
 
 
 def finish(
-    folder: RunFolder, config: Config, data: Prepared, parts: Parts, metrics: Metrics, keeper: Keeper, started: float
+    folder: RunFolder,
+    config: Config,
+    data: Prepared,
+    parts: Parts,
+    metrics: Metrics,
+    keeper: Keeper,
+    started: float,
+    stem: str,
 ) -> dict[str, Any]:
     """Write what a finished run leaves, the marker COMPLETE last, and return its results."""
     on_train = evaluate(parts.model, EvalBatches(data.train, config.training.batch_size))
     results = summary(data, metrics, on_train, keeper.alerts, time.perf_counter() - started)
     if metrics.ended == "complete":
-        path = save_model(folder.models, parts.model.params, config.model)
+        path = save_model(folder.models, parts.model.params, config.model, data.tokenizer.to_json(), stem)
         results["model"] = str(path.relative_to(folder.path))
     digest = parts.state().digest()
     ending = {key: results[key] for key in ("ended", "steps", "first_nonfinite_step")} | {"digest": digest}

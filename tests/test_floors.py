@@ -17,7 +17,7 @@ FLOORS = [
     ["state", "passes"],
     ["data", "model", "optim", "checkpoint", "run_folder"],
     ["loop", "report", "assembly"],
-    ["trainer", "selftest", "replay"],
+    ["trainer", "selftest", "sampling", "replay"],
     ["cli", "terminal"],
     ["commands"],
     ["__init__", "__main__"],
