@@ -59,10 +59,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 class Progress:
     """The bar: loss, learning rate, gradient norm and tokens/s, every ``log_every`` steps. A listener of the loop."""
 
-    def __init__(self, config: Config, visible: bool) -> None:
+    def __init__(self, config: Config, visible: bool, name: str = "") -> None:
         self._every = config.training.log_every
         self._total = config.scheduler.total_steps
         self._visible = visible
+        self._name = f"{name}  " if name else ""
         self._tokens = 0
         self._clock = 0.0
 
@@ -81,7 +82,7 @@ class Progress:
             TextColumn("left"),
         )
         self._bar = Bar(*columns, console=Console(stderr=True), refresh_per_second=8)
-        self._task = self._bar.add_task("", total=self._total)
+        self._task = self._bar.add_task(self._name, total=self._total)
         self._bar.start()
         return self
 
@@ -99,7 +100,7 @@ class Progress:
         rate = self._tokens / (now - self._clock) if self._clock else 0.0
         self._tokens, self._clock = 0, now
         text = f"loss {stats.loss:.3f}  lr {stats.lr:.1e}  norm {stats.grad_norm:.2f}  {rate / 1000:.0f}k tok/s"
-        self._bar.update(self._task, completed=state.step, description=text)
+        self._bar.update(self._task, completed=state.step, description=self._name + text)
 
     def validated(self, step: int, result: Any) -> None:
         self._tokens, self._clock = 0, perf_counter()  # the rate is that of training

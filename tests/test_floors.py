@@ -18,7 +18,7 @@ FLOORS = [
     ["data", "model", "optim", "checkpoint", "run_folder"],
     ["loop", "report", "assembly"],
     ["trainer", "selftest", "sampling", "replay"],
-    ["cli", "terminal"],
+    ["cli", "terminal", "experiments"],
     ["commands"],
     ["__init__", "__main__"],
 ]

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from minitrain.config import Config, differing_keys
+from minitrain.config import Config, DataConfig, differing_keys
 from minitrain.report.log import Log
 from minitrain.report.page import listed, page
 from minitrain.report.words import count, not_finite, number
@@ -20,6 +20,21 @@ from minitrain.run_folder import RunFolder
 
 def _ppl(loss: float) -> str:
     return number(math.exp(loss) if loss < 700 else loss + math.inf)
+
+
+def splits(data: DataConfig) -> str:
+    """How training and validation differ, without a full stop."""
+    if data.named_paths():
+        return "The user named the text: how alike its splits are is not known here"
+    if data.heldout_policy == "verbs_4":
+        return "Training never saw the verbs of validation"
+    return "Both splits hold the same verbs"
+
+
+def machine_name(manifest: Mapping[str, Any]) -> str:
+    """Processor and instruction set, as far as they are known."""
+    hardware = manifest["hardware"]
+    return ", ".join(filter(None, (hardware["cpu"], hardware.get("instruction_set")))) or "machine unknown"
 
 
 CONCERNS = {
@@ -191,12 +206,12 @@ class Story:
             f"At the end the perplexity over the whole split is {number(train)} in training and {number(val)} in "
             f"validation, {ratio} times as much: a gap of {nats} nats per token. "
         )
+        consequence = {
+            "verbs_4": ", so the gap mixes memorising with new verbs.",
+            "stratified": ", so the gap is not the price of verbs never seen.",
+        }
         data = self.config.data
-        if data.named_paths():
-            return text + "The user named the text: how alike its splits are is not known here."
-        if data.heldout_policy == "verbs_4":
-            return text + "Training never saw the verbs of validation, so the gap mixes memorising with new verbs."
-        return text + "Both splits hold the same verbs, so the gap is not the price of verbs never seen."
+        return f"{text}{splits(data)}{'.' if data.named_paths() else consequence[data.heldout_policy]}"
 
     def gradients(self) -> str:
         norms, clipped, optimizer = self.log.norm, self.log.norm_clipped, self.config.optimizer
@@ -232,12 +247,15 @@ class Story:
         differ, they = ("differs", "It concerns") if len(changed) == 1 else ("differ", "They concern")
         return (
             f"{count(len(changed), 'setting')} {differ} from the default:\n\n```\n{lines}\n```\n\n"
-            f"{they} {concerns}; no file of the run says why."
+            f"{they} {concerns}; {self.why()}."
         )
 
+    def why(self) -> str:
+        """The reason for settings that are not the default."""
+        return "no file of the run says why"
+
     def cost(self) -> str:
-        hardware, threads = self.manifest["hardware"], self.config.training.threads
-        machine = ", ".join(filter(None, (hardware["cpu"], hardware.get("instruction_set"), count(threads, "thread"))))
+        machine = f"{machine_name(self.manifest)}, {count(self.config.training.threads, 'thread')}"
         peak = number(self.measured["peak_rss_mb"], 0)
         seconds, rate = number(self.measured["wall_clock_s"]), number(float(np.median(self.log.tokens_per_s)), 0)
         return (
