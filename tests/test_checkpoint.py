@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from minitrain.checkpoint import METADATA_KEY, load_checkpoint, load_model, save_checkpoint, save_model
+from minitrain.checkpoint import (
+    FORMAT,
+    METADATA_KEY,
+    MODEL_FORMAT,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    save_model,
+)
 from minitrain.config import ModelConfig
 from minitrain.data.tokenizer import Tokenizer
 from minitrain.errors import RunError
 from minitrain.model import MiniGPT
 from minitrain.state import State
+from minitrain.tensors import parameter_table
 
 SIZES = ModelConfig(n_layer=2, n_head=2, d_model=12, d_ff=20, vocab_size=37, max_seq_len=13, tie_weights=False)
 TOKENIZER = Tokenizer("abc ", [(4, 5)]).to_json()
@@ -120,3 +130,32 @@ def test_files_of_another_kind(tmp_path: Path):
             load_model(path)
     with pytest.raises(RunError, match="FileNotFoundError"):
         load_model(tmp_path / "nowhere.safetensors")
+
+
+def test_the_documented_names_and_shapes():
+    """docs/checkpoint.md lists every tensor of a model with its shape, in order, and every key of both metadata."""
+    document = Path(__file__).parent.parent / "docs" / "checkpoint.md"
+    if not document.exists():
+        pytest.skip("docs/ is not beside the tests")
+    text = document.read_text()
+    letters = {"V": SIZES.vocab_size, "C": SIZES.d_model, "F": SIZES.d_ff}
+    rows = re.findall(r"(?m)^\| `([\w.{}]+)` \| ([VCF, ]+) \|", text)
+    shapes = [(name, tuple(letters[d] for d in dims.split(", "))) for name, dims in rows]
+    blocks = [row for row in shapes if "{i}" in row[0]]
+    at = shapes.index(blocks[0])
+    written = [(name.format(i=i), shape) for i in range(SIZES.n_layer) for name, shape in blocks]
+    expected = [(p.name, p.shape) for p in parameter_table(SIZES)]
+    assert [*shapes[:at], *written, *shapes[at + len(blocks) :]] == expected
+    for key in (
+        "format",
+        "model",
+        "tokenizer",
+        "digest",
+        "step",
+        "streams.training_control",
+        "streams.data",
+        "config_hash",
+    ):
+        assert re.search(rf"(?m)^\| `{re.escape(key)}` \|", text), key
+    assert f"`{FORMAT}`" in text
+    assert f"`{MODEL_FORMAT}`" in text
