@@ -55,7 +55,7 @@ def test_roundtrip_passes(make: Callable[..., Made], words: Callable[[str], int]
     assert results["bytes"]["checkpoint.safetensors"] == made.folder.checkpoint.stat().st_size
     assert results["steps_compared"] == results["different_masks"] == steps - results["stopped_at"]
     assert 0.05 < results["dropped_share"] < 0.15
-    inner = RunFolder(made.folder.path / "runs" / "stopped")
+    inner = RunFolder(made.folder.path / "runs" / "second")
     assert inner.require_model().read_bytes() == made.folder.require_model().read_bytes()
     assert made.folder.readme.read_text().count("pass:") == 10
     assert 200 <= words(made.folder.readme.read_text()) <= 400

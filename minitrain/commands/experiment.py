@@ -23,7 +23,7 @@ from minitrain.terminal import (
 )
 
 
-@click.command("experiment")
+@click.command("experiment", short_help="Make an experiment, and a page of what it found.")
 @click.argument("name", required=False)
 @click.option("--list", "as_list", is_flag=True, help="Print the experiments that there are; the same without NAME.")
 @seed_option

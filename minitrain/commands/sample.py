@@ -10,7 +10,7 @@ import click
 from minitrain.terminal import json_option
 
 
-@click.command("sample")
+@click.command("sample", short_help="Let the model of a run go on with a text.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--prompt", default="", help="The text to go on with [default: none, the start of a sentence].")
 @click.option(

@@ -9,7 +9,7 @@ import click
 from minitrain.cli import version_text
 
 
-@click.command("selftest")
+@click.command("selftest", short_help="Check that this installation computes the right bits.")
 @click.option("--threads", type=click.IntRange(1, 64), default=1, show_default=True, help="No bit depends on them.")
 def command(threads: int) -> None:
     """Check this installation: 500 default steps must give the known bits.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from minitrain.trainer import Outcome
 
 
-@click.command("train")
+@click.command("train", short_help="Train as a YAML file says, or with the defaults.")
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--config", "config_option", type=click.Path(path_type=Path), help="The same as the argument CONFIG.")
 @seed_option

@@ -30,7 +30,7 @@ from minitrain.state import State
 from minitrain.tensors import canonical_bits, digest
 from minitrain.trainer import finite_or_none
 
-STOPPED = "stopped"
+SECOND = "second"
 """The run inside the experiment that is stopped and resumed."""
 
 ASSERTIONS = {
@@ -103,10 +103,10 @@ def make(job: Job) -> Finding:
     results = finite_or_none(whole.results)
     if whole.metrics.ended != "complete":
         return Finding(f"The run ended at step {whole.metrics.steps}, not finite: nothing was checked", results, True)
-    job.run(config, STOPPED, watchers=[before.watch], halt=lambda: len(before.notes) == K)
-    checkpoint = job.inner(STOPPED).checkpoint
+    job.run(config, SECOND, watchers=[before.watch], halt=lambda: len(before.notes) == K)
+    checkpoint = job.inner(SECOND).checkpoint
     reloaded = reload(config, checkpoint, through, K)
-    resumed = job.run(config, STOPPED, watchers=[after.watch])
+    resumed = job.run(config, SECOND, watchers=[after.watch])
     machines = {
         name: {
             "reload": {"assertion": texts[0].format(K=K, T=T), "passed": reloaded[name]},
@@ -210,5 +210,5 @@ def _told(job: Job, about: Mapping[str, Any], r: Mapping[str, Any]) -> dict[str,
             f"The first run took {number(r['wall_clock_s'])} s; the process held at most "
             f"{number(r['peak_rss_mb'], 0)} MB of memory ({machine_name(about)})."
         ),
-        "Again": f"{job.again()}results.json holds the verdicts, runs/{STOPPED}/ the run that was stopped and resumed.",
+        "Again": f"{job.again()}results.json holds the verdicts, runs/{SECOND}/ the run that was stopped and resumed.",
     }
