@@ -18,7 +18,7 @@ from minitrain._ext.engine import Environment
 from minitrain.checkpoint import load_model
 from minitrain.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from minitrain.elementary import exp
-from minitrain.errors import ConfigError, RunError
+from minitrain.errors import ConfigError, DataError, RunError
 from minitrain.model import MiniGPT
 from minitrain.rng import SEED_LIMIT, Purpose, Stream
 from minitrain.run_folder import RunFolder
@@ -61,12 +61,15 @@ class Continuation:
 
 
 def open_model(path: Path) -> tuple[MiniGPT, Tokenizer, Path]:
-    """The model of a run folder, or of a model file; its tokenizer; the file. Raises RunError and DataError."""
+    """The model of a run folder, or of a model file; its tokenizer; the file. Raises RunError."""
     file = path if path.is_file() else RunFolder(path).require_model()
     stored = load_model(file)
     if stored.tokenizer is None:
         raise RunError(f"{file}: expected a model with its tokenizer, got one without; name one that a run has written")
-    tokenizer = Tokenizer.from_json(stored.tokenizer)
+    try:
+        tokenizer = Tokenizer.from_json(stored.tokenizer)
+    except DataError as error:
+        raise RunError(f"{file}: {error}") from error
     if tokenizer.size > stored.config.vocab_size:
         raise RunError(
             f"{file}: expected a tokenizer of at most {stored.config.vocab_size} tokens, got {tokenizer.size}; "

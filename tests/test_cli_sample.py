@@ -155,7 +155,7 @@ def test_models_that_cannot_be_used():
         ("".join(map(chr, range(40, 140))), "expected a tokenizer of at most 64 tokens, got 104"),
     ):
         tokenizer = json.dumps({"format": "minitrain-bpe-1", "characters": characters, "merges": []}).encode()
-        refused(sample(str(save_model(Path("bare"), model.params, model.config, tokenizer))), words)
+        refused(sample(str(save_model(Path("bare"), model.params, model.config, tokenizer))), str(bare), words)
     shutil.rmtree(models)
     refused(sample("run"), "got a complete run without one", "minitrain train --config run/config.yaml --out-dir NEW")
     models.mkdir()

@@ -164,7 +164,7 @@ def test_training_and_its_variants(make: Callable[..., Made], words: Callable[[s
     assert text.startswith("# Experiment 18-train-mini")
     assert "What would have made it worse, and why?" in text
     assert f"`optimizer.lr_max=3e-2`: **{results['variants'][0]['val_ppl']:.2f}**" in text
-    assert f"Another seed alone gives {seed['val_ppl']:.2f} (9)" in text
+    assert f"Another seed alone gives {seed['val_ppl']:.2f} (seed 9)" in text
     assert f"`{made.folder.read_manifest()['outcome']['digest']}`" in text
     assert 200 <= words(made.folder.readme.read_text()) <= 400
     assert made.folder.require_model().name.startswith("minigpt-phase18-")

@@ -90,13 +90,13 @@ class ExperimentStory(Story):
         others = sorted((v for v in variants if not is_seed(v)), key=lambda v: _rank(v["change_pct"]))
         val, train = (number(self.measured[key]) for key in ("val_ppl", "train_ppl"))
         text = (
-            f"Each of these runs changed one setting. Their validation perplexities stand against {val} here, those of "
-            f"training against {train}."
+            f"Each of these runs changed one setting; in bold its validation perplexity, to be held against {val} here "
+            f"(in training {train})."
         )
         if seeds:
-            named = listed([f"{_ppl(v['val_ppl'])} ({v['set'][0].removeprefix(SEED)})" for v in seeds])
+            named = listed([f"{_ppl(v['val_ppl'])} (seed {v['set'][0].removeprefix(SEED)})" for v in seeds])
             text += (
-                f" Another seed alone gives {named}: what is within {self.measured['chance_pct']:.1f} % says nothing."
+                f" Another seed alone gives {named}, so {self.measured['chance_pct']:.1f} % more or less says nothing."
             )
         return "\n\n".join([text, "\n".join(f"- {self.item(v)}" for v in others)])
 
