@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from minitrain import experiments, trainer
+from minitrain import trainer
 from minitrain.assembly import prepare_data
 from minitrain.config import Config, differing_keys, load_config
 from minitrain.errors import ConfigError, RunError
-from minitrain.experiments import KINDS, Made, preset, training
+from minitrain.experiments import preset, runner, training
 from minitrain.experiments.place import finished
+from minitrain.experiments.runner import KINDS, Made
 from minitrain.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +50,7 @@ def make(tiny: list[str]) -> Callable[..., Made]:
 
     def made(name: str, *settings: str, stop: Stop | None = None, **options: Any) -> Made:
         stop = stop or Stop()
-        return experiments.run(name, overrides=[*tiny, *settings], stop=stop, show=lambda *_: stop, **options)
+        return runner.run(name, overrides=[*tiny, *settings], stop=stop, show=lambda *_: stop, **options)
 
     return made
 
@@ -89,9 +90,9 @@ def test_the_mini_experiment_is_the_default_run():
 def test_unknown_names():
     """The nearest one is offered; where none is near, all are."""
     with pytest.raises(ConfigError, match="experiment '18-train-mimi': .* did you mean '18-train-mini'?"):
-        experiments.run("18-train-mimi")
+        runner.run("18-train-mimi")
     with pytest.raises(ConfigError, match="known are 14-ngram-baseline, .*18-train-mini"):
-        experiments.run("x")
+        runner.run("x")
 
 
 # The n-gram baseline
@@ -141,7 +142,7 @@ def few_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     whole = preset.load("18-train-mini")
     short = preset.Preset(whole.name, whole.about, whole.kind, whole.settings, few)
-    monkeypatch.setattr(experiments, "load", lambda name: short)
+    monkeypatch.setattr(runner, "load", lambda name: short)
 
 
 @pytest.mark.usefixtures("few_variants")
@@ -175,8 +176,8 @@ def test_a_run_without_variants_is_told_as_one(tiny: list[str]):
     """The page keeps every section of a run's; settings that are not the default have a reason."""
     plain = preset.Preset("18-baseline", "nothing but a run", "training", tuple(tiny), {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "load", lambda name: plain)
-        made = experiments.run("18-baseline")
+        patch.setattr(runner, "load", lambda name: plain)
+        made = runner.run("18-baseline")
     assert "## Gradients" in made.folder.readme.read_text()
     assert "this is what the experiment is about (nothing but a run)" in page(made)
     assert made.finding

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minitrain import experiments, trainer
+from minitrain import trainer
 from minitrain.assembly import Parts
 from minitrain.config import Config, OptimizerConfig, load_config
 from minitrain.errors import ConfigError
-from minitrain.experiments import Made, roundtrip
+from minitrain.experiments import roundtrip, runner
+from minitrain.experiments.runner import Made
 from minitrain.rng import Purpose, Stream
 from minitrain.run_folder import RunFolder
 
@@ -25,7 +26,7 @@ Checked = tuple[Config, Path, roundtrip.Witness]
 @pytest.fixture
 def make(tiny: list[str]) -> Callable[..., Made]:
     """``make(*settings)``: the experiment, tiny."""
-    return lambda *settings: experiments.run("18-checkpoint-roundtrip", overrides=[*tiny, *settings])
+    return lambda *settings: runner.run("18-checkpoint-roundtrip", overrides=[*tiny, *settings])
 
 
 @pytest.fixture

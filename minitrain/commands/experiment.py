@@ -53,14 +53,14 @@ def command(
     minitrain experiment 18-train-mini
     minitrain experiment 18-train-mini --seed 43 --out-dir experiments/18-train-mini-43
     """
-    from minitrain import experiments
-
     if name is None or as_list:
-        _list(experiments.available(), as_json)
+        _list(as_json)
         return
+    from minitrain.experiments import runner
+
     visible = bar_wanted(quiet, as_json)
     with stop_signals() as stop:
-        made = experiments.run(
+        made = runner.run(
             name,
             out_dir,
             overrides=settings_from(overrides, seed),
@@ -81,7 +81,10 @@ def command(
     sys.exit(int(finding.problem))
 
 
-def _list(available: dict[str, str], as_json: bool) -> None:
+def _list(as_json: bool) -> None:
+    from minitrain.experiments.preset import available as read
+
+    available = read()
     if as_json:
         click.echo(json.dumps(available))
         return

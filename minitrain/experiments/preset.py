@@ -35,6 +35,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def available() -> dict[str, str]:
+    """The line about each, by name."""
+    return {name: load(name).about for name in names()}
+
+
 def load(name: str) -> Preset:
     """Raises ConfigError where no preset has this name."""
     if name not in names():
