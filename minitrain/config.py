@@ -258,7 +258,7 @@ def _read_file(path: Path) -> tuple[_Tree, _Places]:
     except UnicodeDecodeError as error:
         byte = f"the byte {error.object[error.start]:#04x} at offset {error.start}"
         raise ConfigError(f"{path}: expected UTF-8 text, got {byte}") from error
-    tree = _parse(text, str(path))
+    tree = parse_yaml(text, str(path))
     if tree is None:
         return {}, {}
     if type(tree) is not dict:  # !!omap is a list in the file, whatever it becomes
@@ -268,7 +268,8 @@ def _read_file(path: Path) -> tuple[_Tree, _Places]:
     return sections, _places(_yaml().compose(text), path)
 
 
-def _parse(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """What a YAML 1.2 text says; ``source`` names it in the message. Raises ConfigError where it is no YAML."""
     from ruamel.yaml.error import YAMLError
 
     try:
@@ -299,7 +300,7 @@ def _override(text: str, tree: _Tree, places: _Places) -> None:
         raise ConfigError(f"--set {text}: expected {example}")
     if not value.strip():
         raise ConfigError(f"--set {text}: expected a value after '=' (null for none)")
-    parsed = _parse(value, f"--set {section}.{key}")
+    parsed = parse_yaml(value, f"--set {section}.{key}")
     body = tree.get(section, {})
     if isinstance(body, dict):  # else the section itself is the mistake, told with the others
         tree[section] = body | {key: parsed}

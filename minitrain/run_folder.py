@@ -100,6 +100,31 @@ class RunFolder:
             what = "no manifest.json in it" if self.path.is_dir() else "no such folder"
             raise RunError(f"{self.path}: expected a run folder, got {what}; name the --out-dir of an earlier run")
 
+    def require_model(self) -> Path:
+        """The model file. Raises RunError where there is none, or more than one."""
+        self.require_run()
+        found = sorted(self.models.glob("*.safetensors"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(path.name for path in found)
+            raise RunError(f"{self.models}: expected one model, got {names}; name the file instead of the run")
+        if self.complete.exists():
+            raise RunError(
+                f"{self.path}: expected a model in models/, got a complete run without one; "
+                f"minitrain train --config {self.config} --out-dir NEW makes it again, to the same bits"
+            )
+        outcome = self.read_manifest().get("outcome", {})
+        if outcome.get("ended") == "nonfinite":
+            raise RunError(
+                f"{self.path}: expected a finished run, got one that stopped at step "
+                f"{outcome['first_nonfinite_step']}, whose numbers are not finite; name another run"
+            )
+        raise RunError(
+            f"{self.path}: expected a finished run, got one without a model; "
+            f"minitrain train --resume --out-dir {self.path} goes on with it"
+        )
+
     def read_manifest(self) -> dict[str, Any]:
         """Raises RunError if it is damaged or of another schema."""
         try:

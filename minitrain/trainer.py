@@ -47,10 +47,13 @@ def run(
     resume: bool = False,
     command_line: Sequence[str] = (),
     listeners: Sequence[Listener] = (),
+    watchers: Sequence[Callable[[Parts], Listener]] = (),
+    experiment: str | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train as configured into ``out_dir``, or go on with the run that stands there.
 
+    ``watchers`` make listeners that may look at the parts. ``experiment`` is the one that a new run is made for.
     Raises MinitrainError with nothing half written: everything is checked before the folder is touched.
     """
     started = time.perf_counter()
@@ -68,7 +71,7 @@ def run(
         write_atomic(folder.config, to_yaml(config))
         write_atomic(folder.tokenizer, data.tokenizer.to_json())
         if not resume:
-            write_json(folder.manifest, manifest(config, data, parts.model, command_line))
+            write_json(folder.manifest, manifest(config, data, parts.model, command_line, experiment))
         elif folder.checkpoint.exists():
             state = parts.state()
             parts.go_to(load_checkpoint(folder.checkpoint, state.params, state.m, state.v)["step"])
@@ -83,7 +86,7 @@ def run(
                 config.training.val_every,
                 config.training.log_every,
                 config.training.rng_seed,
-                listeners=[keeper, *listeners],
+                listeners=[keeper, *(make(parts) for make in watchers), *listeners],
                 on_nonfinite=config.training.on_nonfinite,
                 stop=stop,
             )
@@ -122,7 +125,7 @@ def finish(
     on_train = evaluate(parts.model, EvalBatches(data.train, config.training.batch_size))
     results = summary(data, metrics, on_train, keeper.alerts, time.perf_counter() - started)
     if metrics.ended == "complete":
-        path = save_model(folder.models, parts.model.params, config.model)
+        path = save_model(folder.models, parts.model.params, config.model, data.tokenizer.to_json(), model_stem(folder))
         results["model"] = str(path.relative_to(folder.path))
     digest = parts.state().digest()
     ending = {key: results[key] for key in ("ended", "steps", "first_nonfinite_step")} | {"digest": digest}
@@ -217,11 +220,23 @@ def _evaluation(line: dict[str, Any]) -> Evaluation:
     return Evaluation(loss, perplexity(loss), 0)
 
 
-def manifest(config: Config, data: Prepared, model: MiniGPT, command_line: Sequence[str]) -> dict[str, Any]:
-    """What must be known to run it again, and where it ran. Of this, ``started_at`` alone is a clock's."""
+def model_stem(folder: RunFolder) -> str:
+    """How the name of the model file begins: that of an experiment names its phase, the number of the experiment."""
+    phase, dash, _ = (folder.read_manifest().get("experiment") or "").partition("-")
+    return f"minigpt-phase{phase}" if dash else "minigpt"
+
+
+def manifest(
+    config: Config, data: Prepared, model: MiniGPT | None, command_line: Sequence[str], experiment: str | None = None
+) -> dict[str, Any]:
+    """What must be known to run it again, and where it ran. Of this, ``started_at`` alone is a clock's.
+
+    ``model`` is None where none is trained.
+    """
     git = git_state(Path.cwd())
     return {
         "schema_version": SCHEMA_VERSION,
+        "experiment": experiment,
         "seed": config.training.rng_seed,
         "versions": versions(),
         "numerics_version": NUMERICS_VERSION,
@@ -229,13 +244,13 @@ def manifest(config: Config, data: Prepared, model: MiniGPT, command_line: Seque
         "config_hash": config_hash(config),
         "dtype": config.training.dtype,
         "backend": config.training.backend,
-        "parameters": int(model.params.flat.size),
+        "parameters": int(model.params.flat.size) if model else None,
         "git_sha": git["sha"],
         "git_dirty": git["dirty"],
         "data_manifest_hash": data.manifest_hash,
         "tokenizer_hash": hashlib.sha256(data.tokenizer.to_json()).hexdigest(),
         "samples": {"train": len(data.train), "val": len(data.val)},
-        "hardware": {**hardware(), "instruction_set": model.backend.isa},
+        "hardware": {**hardware(), "instruction_set": model.backend.isa if model else None},
         "command_line": list(command_line),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the oracles' products are tiny, and their threads would fight over the cores
@@ -14,6 +17,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the oracles' products are tiny, and 
 import numpy as np
 import pytest
 
+from minitrain import trainer
 from minitrain._ext import engine
 from minitrain._ext.plan import Backend, CompiledBackend, ReferenceBackend, call
 from minitrain._ext.signatures import SIGNATURES
@@ -245,3 +249,30 @@ def run_python() -> Callable[..., Any]:
         )
 
     return run
+
+
+# Experiments
+
+
+@pytest.fixture(scope="session")
+def words() -> Callable[[str], int]:
+    """How many words a page has, without code, pictures and what tables are drawn with."""
+    return lambda text: len(re.findall(r"\S*\w\S*", re.sub(r"(?ms)```.*?```|^!\[.*?$", "", text)))
+
+
+TINY = [
+    "data.train_path=book.txt",
+    *("model.n_layer=1", "model.n_head=2", "model.d_model=16", "model.d_ff=16", "model.vocab_size=24"),
+    *("model.max_seq_len=16", "scheduler.total_steps=40", "scheduler.warmup_steps=5", "training.batch_size=4"),
+    *("training.val_every=10", "training.checkpoint_every=15"),
+]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Settings of a tiny run, in a working folder where its text stands and no curve is drawn (that has its tests)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer.report, "write_curve", lambda *_: None)
+    words = [("old", "new"), ("cat", "dog"), ("saw", "ate"), "abcde"]
+    Path("book.txt").write_text("\n".join("the {} {} {} the {}.".format(*four) for four in product(*words)))
+    return list(TINY)

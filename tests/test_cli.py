@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import pkgutil
 import signal
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from minitrain import trainer
+from minitrain import cli, commands, trainer
 from minitrain.cli import main
 from minitrain.data.prepare import prepare
 from minitrain.run_folder import RunFolder
@@ -306,10 +307,41 @@ def test_out_of_memory(monkeypatch):
 
 def test_wrong_names_get_a_hint():
     """A wrong command or option: exit code 2 and the nearest right one."""
-    assert "Did you mean 'train'" in minitrain("trian").stderr
+    assert "No such command 'trian'; did you mean 'train'?" in minitrain("trian").stderr
     result = minitrain("train", "--outdir", "x")
     assert result.exit_code == 2
     assert "--out-dir" in result.stderr
+
+
+def test_every_command_has_a_file_and_an_example():
+    """What `--help` lists are the modules of minitrain/commands; each command's own help shows how to type it."""
+    files = {name.replace("_", "-") for _, name, _ in pkgutil.iter_modules(commands.__path__)}
+    assert sorted(cli.COMMANDS) == sorted(files)
+    listed = minitrain("--help").stdout
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in listed
+        shown = minitrain(name, "--help")
+        assert shown.exit_code == 0
+        assert f"\n  minitrain {name}" in shown.stdout
+
+
+def test_starting_loads_only_what_the_command_needs(run_python):
+    """`--help` loads no engine, no NumPy, no configuration and no plotting."""
+    heavy = "{'numpy', 'pydantic', 'rich', 'altair', 'vl_convert', 'safetensors', 'ruamel'}"
+    code = f"""
+import sys
+from minitrain.cli import main
+main(["--help"], standalone_mode=False)
+print(sorted({heavy} & set(sys.modules)))
+"""
+    assert run_python(code).stdout.splitlines()[-1] == "[]"
+
+
+def test_the_manifest_says_what_was_typed_without_the_place_of_the_program():
+    """`command_line` is `minitrain` and the arguments, wherever minitrain is installed."""
+    assert train("--quiet").exit_code == 0
+    line = RunFolder(Path("run")).read_manifest()["command_line"]
+    assert line == ["minitrain", "train", *SHORT, "--out-dir", "run", "--quiet"]
 
 
 def test_selftest_and_version(monkeypatch):

@@ -17,8 +17,9 @@ FLOORS = [
     ["state", "passes"],
     ["data", "model", "optim", "checkpoint", "run_folder"],
     ["loop", "report", "assembly"],
-    ["trainer", "selftest", "replay"],
-    ["cli"],
+    ["trainer", "selftest", "sampling", "replay"],
+    ["cli", "terminal", "experiments"],
+    ["commands"],
     ["__init__", "__main__"],
 ]
 """From the ground up. A folder is one room, in which modules may import each other."""

@@ -35,6 +35,13 @@ def test_by_hand():
     assert result["best_perplexity"] == result["perplexity"]["3"]
 
 
+def test_how_many_contexts_are_known():
+    """Trained on "a b"; "a a" knows the contexts <bos> and a, but not a a."""
+    a, b = 3, 4
+    result = baseline([[BOS, a, b, EOS]], [[BOS, a, a, EOS]], 5)
+    assert [result["context_seen"][str(n)] for n in ORDERS] == pytest.approx([1, 1, *[2 / 3] * 5])
+
+
 def by_counting(train: list[list[int]], val: list[list[int]], vocab_size: int, n: int) -> float:
     """The definition, written down with dictionaries."""
 

@@ -16,9 +16,13 @@ ORDERS = (1, 2, 3, 4, 5, 6, 7)
 
 
 class Baseline(TypedDict):
-    """Validation perplexity of each order, keyed "1" to "7" as in JSON, and the best of them."""
+    """Validation perplexity of each order, keyed "1" to "7" as in JSON, and the best of them.
+
+    ``context_seen`` is the share of the scored validation tokens whose context stands in training.
+    """
 
     perplexity: dict[str, float]
+    context_seen: dict[str, float]
     best_n: int
     best_perplexity: float
 
@@ -38,18 +42,24 @@ def baseline(train: Sequence[Sequence[int]], val: Sequence[Sequence[int]], vocab
     # Each position holds the number of the gram that ends there. The gram of order n is the gram of order n-1
     # one place to the left, and the token: distinct pairs are numbered anew, so no order can overflow.
     gram = np.zeros_like(tokens)
-    perplexity = {}
+    perplexity, context_seen = {}, {}
     for n in ORDERS:
         context = np.roll(gram, 1)
         gram = np.unique(context * vocab_size + tokens, return_inverse=True)[1]
         seen = np.bincount(gram[in_train], minlength=gram.max() + 1)[gram[in_val]]
         seen_context = np.bincount(context[in_train], minlength=context.max() + 1)[context[in_val]]
+        context_seen[str(n)] = float(np.count_nonzero(seen_context) / len(seen_context))
         p = (seen + ALPHA) / (seen_context + ALPHA * vocab_size)
         # math.log and fsum: np.log may differ in the last bit from one instruction set to the next.
         perplexity[str(n)] = math.exp(-math.fsum(map(math.log, p.tolist())) / len(p))
 
     best = min(ORDERS, key=lambda n: perplexity[str(n)])
-    return {"perplexity": perplexity, "best_n": best, "best_perplexity": perplexity[str(best)]}
+    return {
+        "perplexity": perplexity,
+        "context_seen": context_seen,
+        "best_n": best,
+        "best_perplexity": perplexity[str(best)],
+    }
 
 
 def _stream(

@@ -6,30 +6,23 @@ None as JSON has it) the page says so.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from minitrain.config import Config
 from minitrain.files import write_atomic
 from minitrain.report.curve import draw
-from minitrain.report.log import Log
 from minitrain.report.story import Story
 from minitrain.run_folder import RunFolder
 
 
 def write_curve(folder: RunFolder, config: Config, results: Mapping[str, Any], baseline_ppl: float) -> None:
     """Write loss_curve.png. Raises RunError if the log or the manifest is damaged, and OSError."""
-    story = _story(folder, config, results, baseline_ppl)
+    story = Story.read(folder, config, results, baseline_ppl)
     picture = draw(story.log, baseline_ppl, story.baseline_name, story.headline(), story.subtitle())
     write_atomic(folder.curve, picture)
 
 
 def write_page(folder: RunFolder, config: Config, results: Mapping[str, Any], baseline_ppl: float) -> None:
     """Write README.md. Raises RunError if the log or the manifest is damaged, and OSError."""
-    write_atomic(folder.readme, _story(folder, config, results, baseline_ppl).page())
-
-
-def _story(folder: RunFolder, config: Config, results: Mapping[str, Any], baseline_ppl: float) -> Story:
-    measured = {key: math.nan if value is None else value for key, value in results.items()}
-    return Story(folder, config, folder.read_manifest(), measured, baseline_ppl, Log.read(folder))
+    write_atomic(folder.readme, Story.read(folder, config, results, baseline_ppl).page())

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minitrain.report import picture
 from minitrain.report.log import Floats, Log
 from minitrain.report.words import not_finite, number
 
-EACH, MEAN, VALIDATION, BASELINE, BROKEN = "#56B4E9", "#0072B2", "#D55E00", "#000000", "#CC79A7"
+EACH, MEAN, VALIDATION, BASELINE, BROKEN = "#56B4E9", picture.MODEL, "#D55E00", picture.BASELINE, "#CC79A7"
 """Okabe and Ito's colours, which colour-blind eyes tell apart; dashes, points and widths tell them apart in grey."""
 
 
 def draw(log: Log, baseline_ppl: float, baseline_name: str, title: str, subtitle: str) -> bytes:
     """The loss curves as a PNG, without the network."""
     import altair as alt
-    import vl_convert
 
     end = max([1.0, *log.step + 1, *log.val_step])
     base = math.log(baseline_ppl) if 0 < baseline_ppl < math.inf else math.nan
@@ -71,22 +71,7 @@ def draw(log: Log, baseline_ppl: float, baseline_name: str, title: str, subtitle
         wall = alt.Chart(alt.InlineData(values=[{"step": step}])).mark_rule(strokeWidth=2, color=BROKEN)
         layers.append(wall.encode(x))
         note(f"step {step:,}: {not_finite(line)}", step, alt.value(-10), align=align)  # above the marks
-    chart = (
-        alt.layer(*layers)
-        .properties(width=760, height=380, title=alt.Title(title, subtitle=subtitle), description=title)
-        .configure(font="Helvetica, Arial, sans-serif", padding=16, background="white")
-        .configure_view(stroke=None)
-        .configure_title(anchor="start", fontSize=17, subtitleFontSize=13, subtitleColor="#555555", offset=10)
-        .configure_axis(gridColor="#ebebeb", domainColor="#888888", tickColor="#888888")
-        .configure_axisX(labelFontSize=12, titleFontSize=13, titleFontWeight="normal")
-        .configure_axisY(labelFontSize=12, titleFontSize=13, titleFontWeight="normal")
-        .configure_legend(labelFontSize=12, columnPadding=18, offset=28)
-    )
-    # The rows join the finished specification: Altair would hold every one of them against its schema.
-    spec = chart.to_dict()
-    spec.setdefault("datasets", {})["rows"] = rows
-    version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    return bytes(vl_convert.vegalite_to_png(spec, vl_version=version, scale=2))
+    return picture.png(layers, title, subtitle, rows)
 
 
 def _rows(series: str, points: int, steps: Floats, losses: Floats) -> list[dict[str, Any]]:

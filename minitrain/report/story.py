@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import shlex
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from minitrain.config import Config, differing_keys
+from minitrain.config import Config, DataConfig, differing_keys
 from minitrain.report.log import Log
+from minitrain.report.page import listed, page
 from minitrain.report.words import count, not_finite, number
 from minitrain.run_folder import RunFolder
 
@@ -21,18 +22,19 @@ def _ppl(loss: float) -> str:
     return number(math.exp(loss) if loss < 700 else loss + math.inf)
 
 
-def _listed(parts: Sequence[str]) -> str:
-    """``a, b and c``"""
-    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+def splits(data: DataConfig) -> str:
+    """How training and validation differ, without a full stop."""
+    if data.named_paths():
+        return "The user named the text: how alike its splits are is not known here"
+    if data.heldout_policy == "verbs_4":
+        return "Training never saw the verbs of validation"
+    return "Both splits hold the same verbs"
 
 
-def _wrapped(text: str) -> str:
-    """Paragraphs as lines of at most 100 characters; code stays as it is."""
-    parts = text.split("\n\n")
-    return "\n\n".join(
-        part if part.startswith("```") else textwrap.fill(part, 100, break_long_words=False, break_on_hyphens=False)
-        for part in parts
-    )
+def machine_name(manifest: Mapping[str, Any]) -> str:
+    """Processor and instruction set, as far as they are known."""
+    hardware = manifest["hardware"]
+    return ", ".join(filter(None, (hardware["cpu"], hardware.get("instruction_set")))) or "machine unknown"
 
 
 CONCERNS = {
@@ -58,6 +60,18 @@ class Story:
     baseline: float
     log: Log
 
+    @classmethod
+    def read(
+        cls, folder: RunFolder, config: Config, results: Mapping[str, Any], baseline_ppl: float, **more: Any
+    ) -> Self:
+        """From the files of the run. Raises RunError if the log or the manifest is damaged, and OSError."""
+        measured = {key: math.nan if value is None else value for key, value in results.items()}
+        return cls(folder, config, folder.read_manifest(), measured, baseline_ppl, Log.read(folder), **more)
+
+    @property
+    def title(self) -> str:
+        return f"Run {self.folder.path.resolve().name}"
+
     @property
     def baseline_name(self) -> str:
         return f"{int(self.measured['ngram_best_n'])}-gram baseline"
@@ -82,8 +96,9 @@ class Story:
         )
         return f"{name}: {count(steps, 'step')}, {lowest}"
 
-    def page(self) -> str:
-        sections = {
+    def sections(self) -> dict[str, str]:
+        """The paragraphs by heading, in order."""
+        return {
             "Result": self.result(),
             "Not finite": self.broken(),
             "Curve": f"{self.training()} {self.validation()}",
@@ -93,10 +108,9 @@ class Story:
             "Cost": self.cost(),
             "Again": self.again(),
         }
-        top = f"# Run {self.folder.path.resolve().name}\n\n**{self.headline()}**\n\n"
-        picture = f"![Losses by step]({self.folder.curve.name})\n"
-        told = [f"\n## {name}\n\n{_wrapped(text)}\n" for name, text in sections.items() if text]
-        return top + picture + "".join(told)
+
+    def page(self) -> str:
+        return page(self.title, self.headline(), ("Losses by step", self.folder.curve.name), self.sections())
 
     def result(self) -> str:
         samples, batch = self.manifest["samples"], self.config.training.batch_size
@@ -154,7 +168,7 @@ class Story:
             if i < steps
         ]
         averaged = f"Averaged over up to {self.log.window:,} steps it" if self.log.window > 1 else "It"
-        text += f" {averaged} was {_listed(passed)}."
+        text += f" {averaged} was {listed(passed)}."
         top = int(np.argmax(np.nan_to_num(self.log.loss)))
         return f"{text} The highest was {number(self.log.loss[top], 3)}, at step {top:,}." if top else text
 
@@ -192,12 +206,12 @@ class Story:
             f"At the end the perplexity over the whole split is {number(train)} in training and {number(val)} in "
             f"validation, {ratio} times as much: a gap of {nats} nats per token. "
         )
+        consequence = {
+            "verbs_4": ", so the gap mixes memorising with new verbs.",
+            "stratified": ", so the gap is not the price of verbs never seen.",
+        }
         data = self.config.data
-        if data.named_paths():
-            return text + "The user named the text: how alike its splits are is not known here."
-        if data.heldout_policy == "verbs_4":
-            return text + "Training never saw the verbs of validation, so the gap mixes memorising with new verbs."
-        return text + "Both splits hold the same verbs, so the gap is not the price of verbs never seen."
+        return f"{text}{splits(data)}{'.' if data.named_paths() else consequence[data.heldout_policy]}"
 
     def gradients(self) -> str:
         norms, clipped, optimizer = self.log.norm, self.log.norm_clipped, self.config.optimizer
@@ -218,7 +232,7 @@ class Story:
             return f"{text}. Nothing clipped it: optimizer.clip and optimizer.clip_value are null."
         engaged, of = int((clipped[finite] < norms[finite]).sum()), int(finite.sum())
         return (
-            f"{text}. The clip ({_listed(limits)}) was engaged in {engaged:,} of {count(of, 'finite step')} "
+            f"{text}. The clip ({listed(limits)}) was engaged in {engaged:,} of {count(of, 'finite step')} "
             f"({100 * engaged / of:.1f} %)."
         )
 
@@ -229,16 +243,19 @@ class Story:
         sections = dict.fromkeys(line.partition(".")[0] for line in changed)
         more = [f"and {len(changed) - SHOWN} more, in config.yaml"] if len(changed) > SHOWN else []
         lines = "\n".join(textwrap.shorten(line, 90, placeholder=" ...") for line in changed[:SHOWN] + more)
-        concerns = _listed([CONCERNS[name] for name in sections])
+        concerns = listed([CONCERNS[name] for name in sections])
         differ, they = ("differs", "It concerns") if len(changed) == 1 else ("differ", "They concern")
         return (
             f"{count(len(changed), 'setting')} {differ} from the default:\n\n```\n{lines}\n```\n\n"
-            f"{they} {concerns}; no file of the run says why."
+            f"{they} {concerns}; {self.why()}."
         )
 
+    def why(self) -> str:
+        """The reason for settings that are not the default."""
+        return "no file of the run says why"
+
     def cost(self) -> str:
-        hardware, threads = self.manifest["hardware"], self.config.training.threads
-        machine = ", ".join(filter(None, (hardware["cpu"], hardware.get("instruction_set"), count(threads, "thread"))))
+        machine = f"{machine_name(self.manifest)}, {count(self.config.training.threads, 'thread')}"
         peak = number(self.measured["peak_rss_mb"], 0)
         seconds, rate = number(self.measured["wall_clock_s"]), number(float(np.median(self.log.tokens_per_s)), 0)
         return (

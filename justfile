@@ -1,0 +1,38 @@
+# The make targets under the names of just (https://just.systems), and a recipe for each experiment.
+# Nothing needs just: `make` is what CI runs.
+
+# Set up, then train on the built-in corpus
+run:
+    make run
+
+# Set up, then lint, types and tests
+test:
+    make test
+
+# All tests, with the full counts
+test-long:
+    make test-long
+
+lint:
+    make lint
+
+types:
+    make types
+
+# Side by side with PyTorch
+bench:
+    make bench
+
+clean:
+    make clean
+
+# List the experiments
+experiments: _installed
+    .venv/bin/minitrain experiment
+
+# Make an experiment: just experiment 18-train-mini --out-dir NEW
+experiment name *options: _installed
+    .venv/bin/minitrain experiment {{ name }} {{ options }}
+
+_installed:
+    make .stamps/installed

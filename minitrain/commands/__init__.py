@@ -1,0 +1,1 @@
+"""The commands of the command line, a module each: ``command`` in it is what `minitrain.cli` runs."""

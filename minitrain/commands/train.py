@@ -1,0 +1,124 @@
+"""``minitrain train``"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from minitrain.cli import INTERRUPTED
+from minitrain.terminal import (
+    Progress,
+    bar_wanted,
+    json_option,
+    quiet_option,
+    seed_option,
+    set_option,
+    settings_from,
+    stop_signals,
+)
+
+if TYPE_CHECKING:
+    from minitrain.trainer import Outcome
+
+
+@click.command("train", short_help="Train as a YAML file says, or with the defaults.")
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--config", "config_option", type=click.Path(path_type=Path), help="The same as the argument CONFIG.")
+@seed_option
+@click.option("--out-dir", type=click.Path(path_type=Path), help="The run folder [default: runs/<name of the config>].")
+@set_option
+@click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out-dir.")
+@json_option
+@quiet_option
+@click.pass_obj
+def command(
+    command_line: list[str],
+    config: Path | None,
+    config_option: Path | None,
+    seed: int | None,
+    out_dir: Path | None,
+    overrides: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Train as the YAML file CONFIG says, or with the defaults on the built-in corpus.
+
+    \b
+    minitrain train --seed 42 --out-dir runs/a
+    minitrain train my.yaml --set training.batch_size=16 --set optimizer.clip=null
+    minitrain train --set data.train_path=book.txt
+    minitrain train --resume --out-dir runs/a
+    """
+    from minitrain.config import load_config
+    from minitrain.run_folder import RunFolder, new_path
+    from minitrain.trainer import run
+
+    if config and config_option:
+        raise click.UsageError(f"expected one configuration, got two: {config} and {config_option}")
+    path = config or config_option
+    if resume:
+        if out_dir is None:
+            raise click.UsageError("--resume: expected --out-dir RUN, the folder of the run to go on with")
+        RunFolder(out_dir).require_run()
+        path = path or RunFolder(out_dir).config
+    settings = load_config(path, settings_from(overrides, seed))
+    folder = out_dir or new_path(path.stem if path else "default")
+
+    show = Progress(settings, visible=bar_wanted(quiet, as_json))
+    with stop_signals() as stop, show:
+        outcome = run(settings, folder, resume=resume, command_line=command_line, listeners=[show], stop=stop)
+    if as_json:
+        click.echo(json.dumps(train_json(outcome)))
+    else:
+        click.echo(train_text(outcome))
+    ended = outcome.metrics.ended
+    problem = outcome.metrics.first_nonfinite_step is not None or bool(outcome.results.get("alerts"))
+    sys.exit(INTERRUPTED if ended == "interrupted" else int(problem))
+
+
+def train_json(outcome: Outcome) -> dict[str, Any]:
+    """The stable keys of ``train --json``; null where a number is not finite or was not reached."""
+    from minitrain.trainer import finite_or_none
+
+    return finite_or_none(
+        {
+            "run_dir": str(outcome.folder.path),
+            "ended": outcome.metrics.ended,
+            "steps": outcome.metrics.steps,
+            "final_loss": outcome.metrics.final_loss,
+            "val_loss": outcome.results.get("val_loss"),
+            "digest": outcome.digest,
+            "wall_clock_s": outcome.wall_clock_s,
+        }
+    )
+
+
+def train_text(outcome: Outcome) -> str:
+    """What a person reads at the end."""
+    folder, metrics, r = outcome.folder, outcome.metrics, outcome.results
+    if metrics.ended == "interrupted":
+        return (
+            f"stopped after {metrics.steps} steps; the state is saved\n"
+            f"next: minitrain train --resume --out-dir {folder.path}"
+        )
+    lines = [f"{metrics.steps} steps in {outcome.wall_clock_s:.1f} s -> {folder.path}"]
+    if metrics.first_nonfinite_step is not None:
+        ending = "stopped" if metrics.ended == "nonfinite" else "went on"
+        lines.append(
+            f"{ending}: loss or gradient norm is not finite at step {metrics.first_nonfinite_step} (see {folder.log})"
+        )
+    if math.isfinite(r["val_ppl"]):
+        change = r["ppl_improvement_pct"]
+        lines.append(
+            f"validation perplexity {r['val_ppl']:.2f}, n-gram baseline {r['ngram_baseline_val_ppl']:.2f}: "
+            f"{abs(change):.1f} % {'better' if change > 0 else 'worse'}"
+        )
+    if metrics.ended == "complete":
+        lines.append(f"digest {outcome.digest} (parameters, m, v)")
+    return "\n".join([*lines, *(f"alert: {alert}" for alert in r["alerts"])])
