@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the oracles' products are tiny, and their threads would fight over the cores
@@ -43,6 +44,15 @@ def backends() -> dict[tuple[str, int], CompiledBackend]:
 def isa_backend(request: pytest.FixtureRequest, backends: dict[tuple[str, int], CompiledBackend]) -> CompiledBackend:
     """One instruction set after the other, one thread."""
     return backends[request.param, 1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The folder of the sources. Against an installed wheel, where `tests` stands alone, the test is skipped."""
+    root = Path(__file__).parent.parent
+    if not (root / "pyproject.toml").exists():
+        pytest.skip("needs the sources beside tests")
+    return root
 
 
 # Kernels: arguments that fit a signature
