@@ -56,14 +56,25 @@ cdef extern from *:
     static int cpu_has_avx512(void) { return 0; }
     static int cpu_has_avx2(void) { return 0; }
     #endif
+    #if defined(FP_FAST_FMAF) || defined(__FP_FAST_FMAF)
+    static const int portable_fma = 1;
+    #else
+    static const int portable_fma = 0;
+    #endif
     """
     int cpu_has_avx512() nogil
     int cpu_has_avx2() nogil
+    const int portable_fma
 
 
 def instruction_sets() -> list[str]:
     """What this processor can run, best first."""
     return ["avx512"] * bool(cpu_has_avx512()) + ["avx2"] * bool(cpu_has_avx2()) + ["portable"]
+
+
+def portable_is_fast() -> bool:
+    """Whether the portable kernels fuse multiply and add by an instruction (aarch64) or by a call of fmaf (x86-64)."""
+    return bool(portable_fma)
 
 
 cdef class Pool:

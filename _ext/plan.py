@@ -7,9 +7,12 @@ bits are the same because the operations are.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,6 +43,29 @@ def instruction_set() -> str:
     return forced or str(able[0])
 
 
+def compiled() -> tuple[str, str]:
+    """The compiler of the kernels that run here, and its flags. Raises MinitrainError as `instruction_set` does."""
+    compiler, flags = _kernels(instruction_set()).compiled()
+    return compiler, flags
+
+
+def _kernels(isa: str) -> ModuleType:
+    return importlib.import_module(f"minitrain._ext.kernels_{isa}")
+
+
+@functools.cache
+def _warn_of_slowness() -> None:
+    """Once a process, on stderr; not to those who ask for the portable kernels by name."""
+    if os.environ.get("MINITRAIN_ISA") or engine.portable_is_fast():
+        return
+    if engine.instruction_sets() == ["portable"]:
+        print(
+            "warning: this processor lacks AVX2 or FMA: the portable kernels give the same bits, but a default step "
+            "takes about 2 s (0.1 s with FMA alone) instead of 1 ms; MINITRAIN_ISA=portable silences this",
+            file=sys.stderr,
+        )
+
+
 class CompiledBackend:
     """The compiled kernels of one instruction set, run by a pool of threads."""
 
@@ -47,8 +73,9 @@ class CompiledBackend:
 
     def __init__(self, threads: int = 1) -> None:
         self.isa = instruction_set()
+        _warn_of_slowness()
         self.pool = engine.Pool(threads)
-        self._address: dict[str, int] = importlib.import_module(f"minitrain._ext.kernels_{self.isa}").addresses()
+        self._address: dict[str, int] = _kernels(self.isa).addresses()
 
     def program(self) -> CompiledProgram:
         return CompiledProgram(self.pool, self._address)

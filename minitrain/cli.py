@@ -66,11 +66,16 @@ class Commands(click.Group):
 
 
 def version_text() -> str:
-    from minitrain._ext.plan import instruction_set
+    """Two lines: what runs, and how its kernels were compiled."""
+    from minitrain._ext.plan import compiled, instruction_set
     from minitrain._ext.signatures import NUMERICS_VERSION
     from minitrain.environment import versions
 
-    return f"minitrain {versions()['minitrain']} (numerics {NUMERICS_VERSION}, {instruction_set()})"
+    compiler, flags = compiled()
+    return (
+        f"minitrain {versions()['minitrain']} (numerics {NUMERICS_VERSION}, {instruction_set()})\n"
+        f"compiled by {compiler} with {flags}"
+    )
 
 
 def _print_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:

@@ -49,6 +49,15 @@ def isa_backend(request: pytest.FixtureRequest, backends: dict[tuple[str, int], 
     return backends[request.param, 1]
 
 
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The folder of the sources. Against an installed wheel, where `tests` stands alone, the test is skipped."""
+    root = Path(__file__).parent.parent
+    if not (root / "pyproject.toml").exists():
+        pytest.skip("needs the sources beside tests")
+    return root
+
+
 # Kernels: arguments that fit a signature
 
 IN_PLACE = {"rope": {"x"}, "scale": {"g"}, "clamp": {"g"}, "adamw": {"theta", "m", "v"}}

@@ -22,7 +22,6 @@ from minitrain.errors import DataError, KernelArgumentError, MinitrainError
 from minitrain.model import MiniGPT
 from minitrain.optim import AdamW
 
-ROOT = Path(__file__).parent.parent
 f4 = np.float32
 
 
@@ -305,9 +304,9 @@ def test_unknown_instruction_set(monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["_ext", "replay"])
-def test_a_second_copy_is_refused(folder, run_python):
+def test_a_second_copy_is_refused(folder, repository, run_python):
     """From the repository's root the folders can be found under their own names; they are not importable by these."""
-    done = run_python(f"import {folder}", cwd=ROOT, PYTHONPATH=str(ROOT))
+    done = run_python(f"import {folder}", cwd=repository, PYTHONPATH=str(repository))
     assert done.returncode == 1
     assert f"ImportError: this folder is minitrain.{folder}" in done.stderr
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+import minitrain
+from minitrain import _ext, replay
 
 FLOORS = [
     ["errors", "files", "rng", "elementary"],
@@ -25,7 +26,7 @@ FLOORS = [
 """From the ground up. A folder is one room, in which modules may import each other."""
 
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-FOLDERS = {"minitrain": ROOT / "minitrain", "minitrain._ext": ROOT / "_ext", "minitrain.replay": ROOT / "replay"}
+FOLDERS = {package.__name__: Path(package.__path__[0]) for package in (minitrain, _ext, replay)}
 
 
 def modules() -> dict[str, Path]:
@@ -70,9 +71,9 @@ def test_imports_go_down(name):
         assert other == own or FLOOR[other] < FLOOR[own], f"floor {FLOOR[own]} imports {module}, floor {FLOOR[other]}"
 
 
-def test_the_engine_imports_nothing_of_ours():
+def test_the_engine_imports_nothing_of_ours(repository):
     """The compiled source names only its own files and NumPy; Cython's imports are outside `ast`."""
-    files = [*(ROOT / "_ext").rglob("*.pyx"), *(ROOT / "_ext").rglob("*.pxi")]
+    files = [*(repository / "_ext").rglob("*.pyx"), *(repository / "_ext").rglob("*.pxi")]
     assert files
     for path in files:
         names = re.findall(r"^\s*(?:c?import|from)\s+([\w.]+)", path.read_text(), re.MULTILINE)
@@ -87,5 +88,5 @@ import minitrain
 print("numpy" in sys.modules, [name for name in sys.modules if name.startswith("minitrain.")])
 print(minitrain.MiniGPT.__module__, "numpy" in sys.modules)
 """
-    done = run_python(code, cwd=ROOT / "tests")
+    done = run_python(code)
     assert done.stdout.splitlines() == ["False []", "minitrain.model True"], done.stderr

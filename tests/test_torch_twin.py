@@ -27,9 +27,9 @@ MODELS = {"default": {}, "uneven and untied": SIZES | {"tie_weights": False}}
 
 
 @pytest.fixture(scope="module")
-def peer() -> ModuleType:
+def peer(repository: Path) -> ModuleType:
     """benchmarks/torch_model.py, which is in no package."""
-    path = Path(__file__).parents[1] / "benchmarks" / "torch_model.py"
+    path = repository / "benchmarks" / "torch_model.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
