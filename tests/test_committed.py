@@ -1,0 +1,65 @@
+"""The experiments that the repository holds: as they were produced, and saying what they found."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minitrain.config import config_hash, load_config
+from minitrain.experiments import preset
+from minitrain.experiments.place import finished
+from minitrain.run_folder import RunFolder
+
+ROOT = Path(__file__).parent.parent
+
+COMMITTED = ROOT / "experiments"
+committed = pytest.mark.skipif(not COMMITTED.is_dir(), reason="the repository's experiments/ is not beside the tests")
+
+
+@committed
+@pytest.mark.parametrize("name", preset.names())
+def test_committed_as_produced(words: Callable[[str], int], name: str):
+    """Finished, with the preset's settings, from a clean tree, a page of 200 to 400 words, and no path of a machine."""
+    folder = RunFolder(COMMITTED / name)
+    results, manifest = finished(folder), folder.read_manifest()
+    assert results is not None
+    assert config_hash(folder.stored_config()) == config_hash(load_config(None, preset.load(name).settings))
+    assert load_config(folder.config) == folder.stored_config()
+    assert manifest["command_line"] == ["minitrain", "experiment", name]
+    assert manifest["git_dirty"] is False
+    assert 200 <= words(folder.readme.read_text()) <= len(folder.readme.read_text().split()) <= 400
+    for path in folder.path.iterdir():
+        if path.suffix in (".json", ".jsonl", ".yaml", ".md"):
+            assert not re.search(r"[\"'\s`(]/(?!/)\w", path.read_text()), path
+
+
+@committed
+def test_the_committed_mini_answers_its_question():
+    """At least two variants are worse by more than chance, and the page has their figures."""
+    folder = RunFolder(COMMITTED / "18-train-mini")
+    results, text = finished(folder), " ".join(folder.readme.read_text().split())
+    assert results
+    assert results["beats_baseline"]
+    worse = [v for v in results["variants"] if v["verdict"] in ("memorised", "learnt less")]
+    assert len(worse) >= 2
+    for variant in worse:
+        assert f"`{variant['set'][0]}`: **{variant['val_ppl']:.2f}**, {variant['change_pct']:.1f} % worse" in text
+    assert math.isclose(
+        results["ngram_baseline_val_ppl"],
+        json.loads((COMMITTED / "14-ngram-baseline/results.json").read_text())["best_perplexity"],
+    )
+
+
+def test_the_justfile_mirrors_the_makefile():
+    """Every target that `make` has for a person is a recipe of its name."""
+    if not (ROOT / "justfile").exists():
+        pytest.skip("the repository's justfile is not beside the tests")
+    targets = re.search(r"(?m)^\.PHONY: (.*)$", (ROOT / "Makefile").read_text())
+    recipes = re.findall(r"(?m)^([\w-]+):\n    make \1$", (ROOT / "justfile").read_text())
+    assert targets
+    assert sorted(targets[1].split()) == sorted(recipes)
