@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENGINE := setup.py pyproject.toml $(wildcard _ext/*.pyx _ext/kernels/*.pxi _ext/include/*.h)
+# Two processes, each a file at a time, since the fixtures of a file are shared in it.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .PHONY: run test test-long lint types bench clean
 
@@ -11,10 +13,10 @@ run: .stamps/installed
 	$(BIN)/minitrain train
 
 test: lint types
-	$(BIN)/python -m pytest -q -m "not long"
+	$(PYTEST) -m "not long"
 
 test-long: .stamps/installed
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 lint: .stamps/installed
 	$(BIN)/ruff check .

@@ -170,7 +170,8 @@ def test_killed_run_resumes_to_the_same_bits(folder):
 
 def test_ctrl_c_ends_at_a_step_boundary(folder):
     """One SIGINT: exit 130, a resumable run, and the command that resumes it."""
-    process = spawn(*LONG, "--set", "model.n_layer=4", cwd=folder)
+    slow = ["--set", "model.n_layer=4", "--set", "scheduler.total_steps=1500"]  # half the steps, each twice as long
+    process = spawn(*LONG, *slow, cwd=folder)
     wait_for_step(folder / "run", 100, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
@@ -179,7 +180,7 @@ def test_ctrl_c_ends_at_a_step_boundary(folder):
     resumed = spawn("--resume", "--out-dir", "run", "--json", cwd=folder)
     out, err = resumed.communicate()
     assert resumed.returncode == 0, err
-    assert json.loads(out)["steps"] == 3000
+    assert json.loads(out)["steps"] == 1500
 
 
 def test_files_of_a_run(folder):
