@@ -53,4 +53,9 @@ def build_copy(folder: Path, flags: str) -> Path:
     )
     if built.returncode:
         raise RuntimeError(f"building minitrain with {flags} failed:\n{built.stderr[-2000:]}")
+    command = [sys.executable, "-P", "-c", "from minitrain._ext import engine; print(engine.__file__)"]
+    environment = {**os.environ, "PYTHONPATH": str(library)}
+    loaded = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(loaded).resolve().is_relative_to(library.resolve()):
+        raise RuntimeError(f"expected the engine of {library} to be loaded, got {loaded}")
     return library
