@@ -11,6 +11,7 @@ from minitrain.data.batches import EvalBatches, TrainBatches
 from minitrain.data.prepare import Prepared, prepare
 from minitrain.environment import hardware
 from minitrain.errors import ConfigError
+from minitrain.hooks import Hooks
 from minitrain.model import MiniGPT, make_backend
 from minitrain.optim import AdamW
 from minitrain.schedule import Scheduler
@@ -63,6 +64,11 @@ class Parts:
     model: MiniGPT
     optimizer: AdamW
     scheduler: Scheduler
+
+    @property
+    def hooks(self) -> Hooks:
+        """Who listens at the sites of model and optimizer."""
+        return self.model.hooks
 
     def state(self) -> State:
         """The live state."""
