@@ -41,6 +41,8 @@ VANISHES = {
     ("adamw", "hyper[3]", -INF),
     # A moment that is divided by an infinite correction vanishes; in adamw itself the same infinite beta is in it.
     *(("adamw_theta", f"hyper[{i}]", x) for i in (1, 2, 3) for x in (INF, -INF)),
+    # A step divided by an infinite second moment; adamw itself writes that moment out.
+    ("adamw_theta", "v", INF),
 }
 
 

@@ -80,7 +80,7 @@ def command(
             command_line=command_line,
             listeners=[show],
             stop=stop,
-            tell=partial(click.echo, err=True),
+            tell=(lambda text: None) if as_json or quiet else partial(click.echo, err=True),
         )
     if as_json:
         click.echo(json.dumps(train_json(outcome)))
