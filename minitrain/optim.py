@@ -79,12 +79,17 @@ class AdamW:
     """
 
     def __init__(
-        self, config: OptimizerConfig | None = None, *, lr: float | None = None, backend: Backend | None = None
+        self,
+        config: OptimizerConfig | None = None,
+        *,
+        lr: float | None = None,
+        backend: Backend | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
         self.config = config or OptimizerConfig()
         self.lr = self.config.lr_max if lr is None else lr
         self.backend = backend or CompiledBackend()
-        self.hooks = Hooks()
+        self.hooks = Hooks() if hooks is None else hooks
         self.updates = 0
         self.norms = Norms(0.0, 0.0)
         self.m: Tensors | None = None

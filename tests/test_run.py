@@ -141,7 +141,16 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("the run did not get going")
 
 
-LONG = ["--set", "scheduler.total_steps=3000", "--set", "training.checkpoint_every=100", "--out-dir", "run"]
+LONG = [
+    "--set",
+    "record.moments=keyframes",
+    "--set",
+    "scheduler.total_steps=3000",
+    "--set",
+    "training.checkpoint_every=100",
+    "--out-dir",
+    "run",
+]
 
 
 def test_killed_run_resumes_to_the_same_bits(folder):
@@ -157,7 +166,8 @@ def test_killed_run_resumes_to_the_same_bits(folder):
     out, err = resumed.communicate()
     assert resumed.returncode == 0, err
     whole = trainer.run(
-        load_config(None, ["scheduler.total_steps=3000", "training.checkpoint_every=100"]), folder / "whole"
+        load_config(None, ["scheduler.total_steps=3000", "training.checkpoint_every=100", "record.moments=keyframes"]),
+        folder / "whole",
     )
     assert json.loads(out)["digest"] == whole.digest
     assert [line["step"] for line in whole.folder.log_lines()] == [

@@ -95,7 +95,7 @@ def _rows(name: str, size: Tree) -> list[dict[str, Any]]:
                         "least": min(ratio.values),
                         "most": max(ratio.values),
                         "bar": LEADS.get((name, peer)),
-                        "label": f"{ratio.middle:.2f} ×   {1e3 * race.smallest(peer):.4g} ms",
+                        "label": f"{ratio.middle:.2f}× ({1e3 * race.smallest(peer):.4g} ms)",
                     }
                 )
     return rows
