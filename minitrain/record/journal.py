@@ -219,7 +219,10 @@ def _frames(path: Path, data: bytes) -> Iterator[tuple[dict[str, Any], bytes, in
         chain = xxhash.xxh3_128_digest(chain + packed)
         if chain != data[end - _CHAIN : end]:
             raise damaged("another checksum")
-        body = msgpack.unpackb(packed)
+        try:
+            body = msgpack.unpackb(packed)
+        except (ValueError, msgpack.UnpackException) as error:
+            raise damaged(f"no msgpack ({error})") from error
         if not isinstance(body, dict):
             raise damaged("no map")
         yield body, chain, end
