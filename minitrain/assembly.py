@@ -11,6 +11,7 @@ from minitrain.data.batches import EvalBatches, TrainBatches
 from minitrain.data.prepare import Prepared, prepare
 from minitrain.environment import hardware
 from minitrain.errors import ConfigError
+from minitrain.hooks import Hooks
 from minitrain.model import MiniGPT, make_backend
 from minitrain.optim import AdamW
 from minitrain.schedule import Scheduler
@@ -64,6 +65,11 @@ class Parts:
     optimizer: AdamW
     scheduler: Scheduler
 
+    @property
+    def hooks(self) -> Hooks:
+        """Those of the whole step: model and optimizer have the same."""
+        return self.model.hooks
+
     def state(self) -> State:
         """The live state."""
         m, v = self.optimizer.bind(self.model.params, self.model.grads)
@@ -78,10 +84,11 @@ def assemble(config: Config, data: Prepared) -> Parts:
     """Batches, model, optimizer and scheduler as configured."""
     training = config.training
     backend = make_backend(training.backend, training.threads)
+    model = MiniGPT(config.model, seed=training.rng_seed, backend=backend)
     return Parts(
         batches=TrainBatches(data.train, training.batch_size, training.data_seed, config.data.batching),
         validation=EvalBatches(data.val, training.batch_size),
-        model=MiniGPT(config.model, seed=training.rng_seed, backend=backend),
-        optimizer=AdamW(config.optimizer, backend=backend),
+        model=model,
+        optimizer=AdamW(config.optimizer, backend=backend, hooks=model.hooks),
         scheduler=Scheduler.from_config(config),
     )
