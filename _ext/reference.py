@@ -195,10 +195,16 @@ def clamp(g: F, limit: F) -> None:
 
 
 def adamw(theta: F, m: F, v: F, g: F, offsets: F, decays: F, hyper: F) -> None:
-    lr, beta1, beta2, eps, decay, t = (float(h) for h in hyper)
+    _, beta1, beta2, *_ = (float(h) for h in hyper)
     f = theta.dtype.type
     m[:] = f(beta1) * m + f(1 - beta1) * g
     v[:] = f(beta2) * v + f(1 - beta2) * g * g
+    adamw_theta(theta, m, v, offsets, decays, hyper)
+
+
+def adamw_theta(theta: F, m: F, v: F, offsets: F, decays: F, hyper: F) -> None:
+    lr, beta1, beta2, eps, decay, t = (float(h) for h in hyper)
+    f = theta.dtype.type
     step = m * f(1 / (1 - beta1**t)) / (np.sqrt(v * f(1 / (1 - beta2**t))) + f(eps))
     decaying = np.repeat(decays != 0, np.diff(offsets))
     theta -= f(lr) * (step + np.where(decaying, f(decay), f(0)) * theta)

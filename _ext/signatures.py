@@ -211,6 +211,12 @@ SIGNATURES: dict[str, Signature] = {
             "elements",
             rules=(_SEGMENTS, _HYPER),
         ),
+        _signature(
+            "adamw_theta",
+            "theta[P]; m[P], v[P], offsets[E]:i8, decays[S]:u1, hyper[R]:f8",
+            "elements",
+            rules=(_SEGMENTS, _HYPER),
+        ),
         _signature("exp", "y[P]; x[P]", "none"),
         _signature("log", "y[P]; x[P]", "none"),
     ]

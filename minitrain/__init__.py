@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from minitrain.model import MiniGPT as MiniGPT
     from minitrain.optim import AdamW as AdamW
     from minitrain.optim import global_grad_norm as global_grad_norm
+    from minitrain.record.recorded import open_run as open_run
     from minitrain.schedule import Scheduler as Scheduler
     from minitrain.trainer import run as run
 
@@ -31,6 +32,7 @@ _HOME = {
     "evaluate": "loop",
     "global_grad_norm": "optim",
     "load_config": "config",
+    "open_run": "record.recorded",
     "run": "trainer",
     "set_seed": "loop",
     "train": "loop",

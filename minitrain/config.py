@@ -25,9 +25,18 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
     from ruamel.yaml import YAML
 
-NOT_HASHED = ("training.threads", "training.log_every", "training.checkpoint_every")
+NOT_HASHED = (
+    "training.threads",
+    "training.log_every",
+    "training.checkpoint_every",
+    "record.enabled",
+    "record.moments",
+    "record.keyframe_every",
+    "record.sites",
+    "record.on_error",
+)
 """Keys outside the config hash, because no bit of a run depends on them: threads never touch the order of a
-sum, and the console and the checkpoints only look. Every other key may move a bit."""
+sum, and the console, the checkpoints and the recorder only look. Every other key may move a bit."""
 
 
 def _integer(low: int, high: int) -> Any:
@@ -170,6 +179,19 @@ class DataConfig(_Section):
         return tuple(getattr(self, key) for key in named)
 
 
+class RecordConfig(_Section):
+    """What of each step is kept (FORMAT.md): its `moments`, a whole state every `keyframe_every` steps, `sites`.
+
+    `on_error`: whether training stops when the record cannot be written, or goes on without.
+    """
+
+    enabled: Flag = True
+    moments: Literal["every_step", "keyframes"] = "every_step"
+    keyframe_every: Count = 128
+    sites: Literal["none", "digest"] = "none"
+    on_error: Literal["stop", "continue"] = "stop"
+
+
 class Config(_Section):
     """A checked configuration: ``Config()`` is the default run, `load_config` reads one from a file."""
 
@@ -178,6 +200,7 @@ class Config(_Section):
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    record: RecordConfig = Field(default_factory=RecordConfig)
 
 
 _KEYS = {name: cast(type[_Section], field.annotation).model_fields for name, field in Config.model_fields.items()}

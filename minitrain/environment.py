@@ -20,6 +20,9 @@ DEPENDENCIES = (
     "rich",
     "safetensors",
     "xxhash",
+    "zarr",
+    "google-crc32c",
+    "msgpack",
     "altair",
     "vl-convert-python",
 )

@@ -1,7 +1,7 @@
 """The training loop.
 
 `train_step` turns state t into state t+1 and does not know whether anyone records, checks or prints. `train` repeats it
-and tells its listeners; the run folder, the progress bar and (later) the recorder and the verifier are listeners.
+and tells its listeners; the run folder, the progress bar, the recorder and the verifier are listeners.
 """
 
 from __future__ import annotations
@@ -59,10 +59,19 @@ class BatchesByStep(Protocol):
 
 
 class Listener(Protocol):
-    """Who is told what the loop did, in this order, on the loop's own thread."""
+    """Who is told what the loop does, on the loop's own thread. Inherit and override what you want to hear."""
 
-    def stepped(self, stats: StepStats, state: State) -> None: ...
-    def validated(self, step: int, result: Evaluation) -> None: ...
+    def starting(self, step: int, batch: Batch, state: State) -> None:
+        """Step t is about to read this batch and state t."""
+        return None
+
+    def stepped(self, stats: StepStats, state: State) -> None:
+        """Step t has left state t+1."""
+        return None
+
+    def validated(self, step: int, result: Evaluation) -> None:
+        """State ``step`` has been validated."""
+        return None
 
 
 def train_step(model: MiniGPT, optimizer: AdamW, scheduler: Scheduler, batch: Batch) -> StepStats:
@@ -163,7 +172,10 @@ def train(
             return metrics
         if step and step % val_every == 0:
             validate(step)
-        stats = train_step(model, optimizer, scheduler, next_batch(step))
+        batch, state = next_batch(step), State(step, model.params, m, v)
+        for listener in listeners:
+            listener.starting(step, batch, state)
+        stats = train_step(model, optimizer, scheduler, batch)
         metrics.steps, metrics.final_loss = step + 1, stats.loss
         state = State(step + 1, model.params, m, v)
         for listener in listeners:

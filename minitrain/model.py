@@ -87,6 +87,10 @@ class MiniGPT:
             raise RuntimeError("loss_sum needs a forward() before it")
         return float(self._last.loss[1]), int(self._last.loss[2])
 
+    def activations(self) -> dict[str, Array]:
+        """The arrays of the last training pass by the names of their sites, gradients (``grad:``) among them."""
+        return {} if self._last is None else dict(self._last.arrays)
+
     def passes(self, B: int, T: int) -> Passes:
         """The memory and plans for this batch shape, made at first use. Raises DataError if T is over the context."""
         if self.config.max_seq_len < T:

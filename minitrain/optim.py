@@ -46,6 +46,28 @@ def global_grad_norm(grads: Mapping[str, NDArray[np.float32]]) -> float:
     return _NormPlan(CompiledBackend(), np.ascontiguousarray(flat, np.float32))()
 
 
+def hyper_row(config: OptimizerConfig, lr: float, t: int) -> tuple[float, ...]:
+    """What the kernels take as ``hyper`` for update ``t``, counted from 1."""
+    return lr, config.beta1, config.beta2, config.eps, config.weight_decay, t
+
+
+class Recurrence:
+    """The parameters of the next state from its moments alone: the last line of AdamW, to the same bits."""
+
+    def __init__(self, config: OptimizerConfig, params: Tensors, backend: Backend) -> None:
+        self._config, self._hyper = config, np.zeros(6)
+        self._m, self._v = np.zeros_like(params.flat), np.zeros_like(params.flat)
+        decays = np.array([p.decays for p in params.table], np.uint8)
+        self._plan = Plan(backend)
+        self._plan.add("adamw_theta", params.flat, self._m, self._v, params.offsets, decays, self._hyper)
+
+    def __call__(self, m: NDArray[np.float32], v: NDArray[np.float32], lr: float, t: int) -> None:
+        """Update ``t``, counted from 1, of ``params`` in place; m and v (P,) are those that it left."""
+        self._m[:], self._v[:] = m, v
+        self._hyper[:] = hyper_row(self._config, lr, t)
+        self._plan.run()
+
+
 class AdamW:
     """AdamW with decoupled weight decay, after element-wise and global-norm clipping.
 
@@ -134,11 +156,10 @@ class AdamW:
     def update(self, params: Tensors, grads: Tensors) -> None:
         """One AdamW update in place with ``self.lr``; t counts from 1."""
         self.bind(params, grads)
-        c = self.config
         if self._own_hooks:
             self.hooks.step = self.updates
         self.updates += 1
-        self._hyper[:] = (self.lr, c.beta1, c.beta2, c.eps, c.weight_decay, self.updates)
+        self._hyper[:] = hyper_row(self.config, self.lr, self.updates)
         self._adamw.run(self.hooks)
 
     def step(self, params: Tensors, grads: Tensors) -> Norms:

@@ -10,6 +10,9 @@ models/               the final parameters
 results.json          perplexities against the baseline, time, memory
 loss_curve.png        train and validation loss, the n-gram baseline dashed
 README.md             the run told in words
+journal.msgpack       what every step read and left, a frame a step; stands behind all the rest of the record
+record.zarr/          the same and the moments of every step as arrays, and whole states now and then (FORMAT.md)
+incidents/            whole states at the moment when something was found to be wrong
 COMPLETE              written last
 ====================  ============================================================================================
 """
@@ -51,6 +54,9 @@ class RunFolder:
         self.curve = path / "loss_curve.png"
         self.readme = path / "README.md"
         self.complete = path / "COMPLETE"
+        self.journal = path / "journal.msgpack"
+        self.record = path / "record.zarr"
+        self.incidents = path / "incidents"
 
     @contextmanager
     def hold(self, *, new: bool) -> Iterator[None]:
@@ -124,6 +130,14 @@ class RunFolder:
             f"{self.path}: expected a finished run, got one without a model; "
             f"minitrain train --resume --out-dir {self.path} goes on with it"
         )
+
+    def incident(self, step: int) -> Path:
+        """The file of what stood in memory at ``step``."""
+        return self.incidents / f"{step:08d}.safetensors"
+
+    def incident_files(self, start: int = 0) -> list[Path]:
+        """Those of the steps from ``start`` on, in order."""
+        return [path for path in sorted(self.incidents.glob("*.safetensors")) if int(path.stem) >= start]
 
     def read_manifest(self) -> dict[str, Any]:
         """Raises RunError if it is damaged or of another schema."""

@@ -90,6 +90,9 @@ class Progress:
         if self._visible:
             self._bar.stop()
 
+    def starting(self, step: int, batch: Any, state: Any) -> None:
+        pass
+
     def stepped(self, stats: Any, state: Any) -> None:
         if not self._visible:
             return

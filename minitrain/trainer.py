@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +24,9 @@ from minitrain.errors import RunError
 from minitrain.files import write_atomic, write_json
 from minitrain.loop import Evaluation, Listener, Metrics, StepStats, evaluate, perplexity, train
 from minitrain.model import MiniGPT
+from minitrain.record.journal import FINGERPRINT
+from minitrain.record.layout import Layout, layout_of
+from minitrain.record.recorder import Recorder, require_room
 from minitrain.rng import Purpose
 from minitrain.run_folder import SCHEMA_VERSION, LogWriter, RunFolder
 from minitrain.state import State
@@ -50,10 +53,12 @@ def run(
     watchers: Sequence[Callable[[Parts], Listener]] = (),
     experiment: str | None = None,
     stop: Callable[[], bool] = lambda: False,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
     """Train as configured into ``out_dir``, or go on with the run that stands there.
 
     ``watchers`` make listeners that may look at the parts. ``experiment`` is the one that a new run is made for.
+    ``tell`` is told what the run will take of the disk.
     Raises MinitrainError with nothing half written: everything is checked before the folder is touched.
     """
     started = time.perf_counter()
@@ -67,6 +72,8 @@ def run(
     if resume:
         require_data(folder, data)
     parts = assemble(config, data)
+    if config.record.enabled:
+        tell(announcement(folder, layout_of(config)))
     with folder.hold(new=not resume):
         write_atomic(folder.config, to_yaml(config))
         write_atomic(folder.tokenizer, data.tokenizer.to_json())
@@ -75,7 +82,7 @@ def run(
         elif folder.checkpoint.exists():
             state = parts.state()
             parts.go_to(load_checkpoint(folder.checkpoint, state.params, state.m, state.v)["step"])
-        with closing(Keeper(folder, config, parts)) as keeper:
+        with recording(folder, config, parts) as recorder, closing(Keeper(folder, config, parts, recorder)) as keeper:
             metrics = train(
                 parts.model,
                 parts.optimizer,
@@ -86,12 +93,13 @@ def run(
                 config.training.val_every,
                 config.training.log_every,
                 config.training.rng_seed,
-                listeners=[keeper, *(make(parts) for make in watchers), *listeners],
+                listeners=[*([recorder] if recorder else []), keeper, *(make(parts) for make in watchers), *listeners],
                 on_nonfinite=config.training.on_nonfinite,
                 stop=stop,
             )
             if metrics.ended != "nonfinite":  # else the last finite checkpoint stays
                 keeper.save(parts.state())
+        keeper.alerts += recorder.alerts if recorder else []
         metrics.validations = keeper.earlier | metrics.validations
         metrics.first_nonfinite_step, metrics.final_loss = keeper.first_nonfinite, keeper.last_loss
         ended = metrics.ended != "interrupted"
@@ -103,10 +111,31 @@ def require_unfinished(folder: RunFolder, config: Config) -> None:
     """Raises RunError unless a run stands there that ``config`` made and that is not complete."""
     folder.require_run()
     folder.require_config(config)
+    stored = folder.stored_config().record
+    if stored.model_copy(update={"on_error": config.record.on_error}) != config.record:
+        raise RunError(
+            f"--resume {folder.path}: expected the settings of record that the run began with, "
+            f"{stored.model_dump()}, got {config.record.model_dump()}; resume with those, or start a new run"
+        )
     if folder.complete.exists():
         raise RunError(
             f"--resume {folder.path}: expected an unfinished run, got a complete one; start a new one with --out-dir"
         )
+
+
+def recording(folder: RunFolder, config: Config, parts: Parts) -> AbstractContextManager[Recorder | None]:
+    """The recorder of this run, or none."""
+    if not config.record.enabled:
+        return nullcontext()
+    told = folder.read_manifest()
+    return closing(Recorder(folder, config, parts, {key: told[key] for key in FINGERPRINT}))
+
+
+def announcement(folder: RunFolder, layout: Layout) -> str:
+    """What the record will take. Raises RunError if the disk cannot hold it."""
+    free = require_room(folder, layout)
+    what = "every step with its moments" if layout.moments else f"a whole state every {layout.keyframe_every} steps"
+    return f"recording {what} to {folder.record}: about {layout.disk_bytes / 1e9:,.2f} GB of {free / 1e9:,.0f} GB free"
 
 
 def require_data(folder: RunFolder, data: Prepared) -> None:
@@ -140,21 +169,21 @@ def finish(
     return results
 
 
-class Keeper:
+class Keeper(Listener):
     """The listener that writes the log and the checkpoints, and raises the alert of a run that does not learn."""
 
     PLATEAU = 4.0 / math.log(64)
     """Of ln V: a loss that stays above it is a run near chance (4.0 at a vocabulary of 64)."""
     WINDOW = 200
 
-    def __init__(self, folder: RunFolder, config: Config, parts: Parts) -> None:
+    def __init__(self, folder: RunFolder, config: Config, parts: Parts, recorder: Recorder | None = None) -> None:
         """Go on with the log at the current step. Raises RunError if a step before it is missing there."""
         self.alerts: list[str] = []
         self.earlier: dict[int, Evaluation] = {}
         """The validations of the processes before this one."""
         self.first_nonfinite: int | None = None
         self.last_loss = math.nan
-        self._folder, self._config, self._parts = folder, config, parts
+        self._folder, self._config, self._parts, self._recorder = folder, config, parts, recorder
         self._chance = self.PLATEAU * math.log(config.model.vocab_size)
         self._low = math.inf
         self._steps = 0
@@ -198,8 +227,10 @@ class Keeper:
         self._log.skip_time()
 
     def save(self, state: State) -> None:
-        """A checkpoint, and before it the log up to there."""
+        """A checkpoint, and before it the log and the record up to there."""
         self._log.sync()
+        if self._recorder:
+            self._recorder.settle()
         training = self._config.training
         control = {"seed": training.rng_seed, "purpose": Purpose.DROPOUT.name, "step": state.step}
         order = {"seed": training.data_seed, "purpose": Purpose.SHUFFLE.name}

@@ -60,7 +60,13 @@ def repository() -> Path:
 
 # Kernels: arguments that fit a signature
 
-IN_PLACE = {"rope": {"x"}, "scale": {"g"}, "clamp": {"g"}, "adamw": {"theta", "m", "v"}}
+IN_PLACE = {
+    "rope": {"x"},
+    "scale": {"g"},
+    "clamp": {"g"},
+    "adamw": {"theta", "m", "v"},
+    "adamw_theta": {"theta"},
+}
 """Outputs that are read as well. Those of `accumulate` come on top; all others but ZEROED hold NaN before the call."""
 
 ZEROED = {"attention_forward": {"p"}, "attention_backward": {"dp"}}
@@ -84,13 +90,13 @@ def draw_sizes(kernel: str, integer: Integer) -> Sizes:
         sizes["T"], sizes["C"] = integer(1, 70), sizes["H"] * integer(1, 20)
     if kernel == "rope":
         sizes["C"] *= 2
-    if kernel == "square_sums" or (kernel == "adamw" and integer(0, 3) == 0):
+    if kernel == "square_sums" or (kernel.startswith("adamw") and integer(0, 3) == 0):
         sizes["P"] = integer(1, 9000)
     if kernel == "square_sums":
         sizes["G"] = -(-sizes["P"] // 4096)
-    if kernel == "adamw":
+    if kernel.startswith("adamw"):
         sizes["E"] = sizes["S"] + 1
-    fixed = {"mean_loss": 3, "cross_entropy_backward": 3, "adamw": len(HYPER)}
+    fixed = {"mean_loss": 3, "cross_entropy_backward": 3, "adamw": len(HYPER), "adamw_theta": len(HYPER)}
     return sizes | {"R": fixed.get(kernel, 1), "W": 3}
 
 

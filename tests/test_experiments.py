@@ -40,9 +40,6 @@ class Stop:
     def stepped(self, stats: object, state: object) -> None:
         self.left -= 1
 
-    def validated(self, step: int, result: object) -> None:
-        pass
-
 
 @pytest.fixture
 def make(tiny: list[str]) -> Callable[..., Made]:

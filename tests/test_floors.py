@@ -18,6 +18,7 @@ FLOORS = [
     ["state", "passes"],
     ["data", "model", "optim", "checkpoint", "run_folder"],
     ["loop", "report", "assembly"],
+    ["record"],
     ["trainer", "selftest", "sampling", "replay"],
     ["cli", "terminal", "experiments"],
     ["commands"],

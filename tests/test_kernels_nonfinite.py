@@ -39,12 +39,16 @@ VANISHES = {
     # hyper[3] is eps: a step divided by infinity is no step. The other hyperparameters do come out.
     ("adamw", "hyper[3]", INF),
     ("adamw", "hyper[3]", -INF),
+    # A moment that is divided by an infinite correction vanishes; in adamw itself the same infinite beta is in it.
+    *(("adamw_theta", f"hyper[{i}]", x) for i in (1, 2, 3) for x in (INF, -INF)),
+    # A step divided by an infinite second moment; adamw itself writes that moment out.
+    ("adamw_theta", "v", INF),
 }
 
 
 def inputs(kernel: str) -> list[str]:
     """The floating-point arrays that a kernel reads."""
-    in_place = {"rope": ["x"], "scale": ["g"], "clamp": ["g"], "adamw": ["theta", "m", "v"]}
+    in_place = {"rope": ["x"], "scale": ["g"], "clamp": ["g"], "adamw": ["theta", "m", "v"], "adamw_theta": ["theta"]}
     accumulated = {"linear_backward_input": ["dx"], "embedding_backward": ["dweight"]}
     read = [a.name for a in SIGNATURES[kernel].arrays if not a.output and a.dtype.kind == "f"]
     return in_place.get(kernel, []) + accumulated.get(kernel, []) + read
@@ -99,7 +103,9 @@ def draw_place(kernel: str, argument: str, array: np.ndarray, rng: np.random.Gen
     place = [int(rng.integers(n)) for n in array.shape]
     if (kernel, argument) == ("attention_backward", "p"):  # zeros above the diagonal by contract, and not read there
         place[3] = min(place[2:])
-    if (kernel, argument) == ("adamw", "hyper"):  # not hyper[5]: t is a whole number that travels among doubles
+    if (
+        kernel.startswith("adamw") and argument == "hyper"
+    ):  # not hyper[5]: t is a whole number that travels among doubles
         place[0] %= 5
     return tuple(place)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from minitrain import selftest, trainer
 from minitrain.config import Config, load_config
-from minitrain.loop import StepStats
+from minitrain.loop import Listener, StepStats
 from minitrain.state import State
 
 SHORT = [
@@ -29,7 +29,7 @@ SHORT = [
 ]
 
 
-class StopAt:
+class StopAt(Listener):
     """Asks the loop to stop before step n."""
 
     def __init__(self, n: int) -> None:
@@ -38,9 +38,6 @@ class StopAt:
     def stepped(self, stats: StepStats, state: State) -> None:
         self.seen = stats.step
         self.digests[state.step] = state.digest() if state.step % 100 == 0 else ""
-
-    def validated(self, step: int, result: object) -> None:
-        pass
 
     def __call__(self) -> bool:
         return self.seen + 1 >= self.n
@@ -207,13 +204,10 @@ def test_files_of_a_run(folder):
 def test_manifest_stands_before_step_0(folder):
     """Whoever dies in step 0 leaves a manifest."""
 
-    class Dies:
+    class Dies(Listener):
         def stepped(self, stats, state):
             assert (folder / "run" / "manifest.json").exists()
             raise ZeroDivisionError
-
-        def validated(self, step, result):
-            pass
 
     with pytest.raises(ZeroDivisionError):
         trainer.run(config(), folder / "run", listeners=[Dies()])

@@ -187,6 +187,12 @@ cdef void op_adamw(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcep
           op.size[2], 16 * lo, min(16 * hi, op.size[0]))
 
 
+# sizes P E S R; units: 16 elements
+cdef void op_adamw_theta(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
+    adamw_theta(f32(op, 0), f32(op, 1), f32(op, 2), <int64_t *>op.array[3], u8(op, 4, 0), <double *>op.array[5],
+                op.size[2], 16 * lo, min(16 * hi, op.size[0]))
+
+
 # sizes P
 cdef void op_exp(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
     cdef int64_t i, n = op.size[0]
@@ -228,6 +234,7 @@ def addresses() -> dict[str, int]:
         "scale": <size_t>&op_scale,
         "clamp": <size_t>&op_clamp,
         "adamw": <size_t>&op_adamw,
+        "adamw_theta": <size_t>&op_adamw_theta,
         "exp": <size_t>&op_exp,
         "log": <size_t>&op_log,
     }

@@ -55,7 +55,7 @@ cdef void adamw(float *theta, float *m, float *v, const float *g, const int64_t 
     cdef V rest1 = vset(<float>(1.0 - hyper[1])), rest2 = vset(<float>(1.0 - hyper[2]))
     cdef V unbias1 = vset(<float>(1.0 / (1.0 - power(hyper[1], <int64_t>t))))
     cdef V unbias2 = vset(<float>(1.0 / (1.0 - power(hyper[2], <int64_t>t))))
-    cdef V decay, x, new_m, new_v, old, step
+    cdef V decay, x, new_m, new_v, old
     for s in range(S):
         start = max(lo, offsets[s])
         end = min(hi, offsets[s + 1])
@@ -65,10 +65,35 @@ cdef void adamw(float *theta, float *m, float *v, const float *g, const int64_t 
             new_m = vfma(vload_n(m + i, end - i), beta1, vmul(x, rest1))
             new_v = vfma(vload_n(v + i, end - i), beta2, vmul(vmul(x, x), rest2))
             old = vload_n(theta + i, end - i)
-            step = vdiv(vmul(new_m, unbias1), vadd(vsqrt(vmul(new_v, unbias2)), eps))
             vstore_n(m + i, new_m, end - i)
             vstore_n(v + i, new_v, end - i)
-            vstore_n(theta + i, vfnma(lr, vfma(decay, old, step), old), end - i)
+            vstore_n(theta + i, moved(old, new_m, new_v, lr, unbias1, unbias2, eps, decay), end - i)
+
+
+# theta - lr * ((m * unbias1) / (sqrt(v * unbias2) + eps) + decay * theta)
+cdef inline V moved(V theta, V m, V v, V lr, V unbias1, V unbias2, V eps, V decay) noexcept nogil:
+    cdef V step = vdiv(vmul(m, unbias1), vadd(vsqrt(vmul(v, unbias2)), eps))
+    return vfnma(lr, vfma(decay, theta, step), theta)
+
+
+# The last line of adamw alone, for moments that are known: with those of a record, the parameters follow from a
+# keyframe without any gradient, to the same bits.
+cdef void adamw_theta(float *theta, const float *m, const float *v, const int64_t *offsets, const uint8_t *decays,
+                      const double *hyper, int64_t S, int64_t lo, int64_t hi) noexcept nogil:
+    cdef int64_t s, i, start, end
+    cdef double t = hyper[5]
+    cdef V lr = vset(<float>hyper[0]), eps = vset(<float>hyper[3])
+    cdef V unbias1 = vset(<float>(1.0 / (1.0 - power(hyper[1], <int64_t>t))))
+    cdef V unbias2 = vset(<float>(1.0 / (1.0 - power(hyper[2], <int64_t>t))))
+    cdef V decay, old
+    for s in range(S):
+        start = max(lo, offsets[s])
+        end = min(hi, offsets[s + 1])
+        decay = vset(<float>hyper[4] if decays[s] else <float>0.0)
+        for i in range(start, end, 16):
+            old = vload_n(theta + i, end - i)
+            old = moved(old, vload_n(m + i, end - i), vload_n(v + i, end - i), lr, unbias1, unbias2, eps, decay)
+            vstore_n(theta + i, old, end - i)
 
 
 cdef double power(double base, int64_t n) noexcept nogil:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,15 @@ def command(
 
     show = Progress(settings, visible=bar_wanted(quiet, as_json))
     with stop_signals() as stop, show:
-        outcome = run(settings, folder, resume=resume, command_line=command_line, listeners=[show], stop=stop)
+        outcome = run(
+            settings,
+            folder,
+            resume=resume,
+            command_line=command_line,
+            listeners=[show],
+            stop=stop,
+            tell=(lambda text: None) if as_json or quiet else partial(click.echo, err=True),
+        )
     if as_json:
         click.echo(json.dumps(train_json(outcome)))
     else:

@@ -136,7 +136,11 @@ class TrainBatches:
 
     def batch_at(self, step: int) -> Batch:
         """The batch of ``step``."""
-        return _take(self.dataset, self.rows_at(step))
+        return self.take(self.rows_at(step))
+
+    def take(self, rows: Rows) -> Batch:
+        """The batch of these row numbers."""
+        return _take(self.dataset, rows)
 
     def _epoch_order(self, epoch: int) -> Rows:
         order = self._stream.permutation(len(self.dataset), step=epoch)

@@ -21,7 +21,7 @@ from minitrain.config import Config
 from minitrain.errors import ConfigError
 from minitrain.experiments.job import Finding, Job
 from minitrain.files import write_atomic
-from minitrain.loop import Evaluation, StepStats, train_step
+from minitrain.loop import Listener, StepStats, train_step
 from minitrain.report.page import listed, page
 from minitrain.report.story import machine_name
 from minitrain.report.words import count, number
@@ -45,7 +45,7 @@ ASSERTIONS = {
 Notes = Mapping[str, str]
 
 
-class Witness:
+class Witness(Listener):
     """A listener that notes, at each step, the bits of each state machine; and keeps a copy of state ``copy_at``."""
 
     def __init__(self, copy_at: int = -1) -> None:
@@ -79,9 +79,6 @@ class Witness:
     def position(self, step: int) -> dict[str, int]:
         """Where the run that was watched starts to read at ``step``."""
         return self._parts.batches.position(step)
-
-    def validated(self, step: int, result: Evaluation) -> None:
-        """Nothing of it is part of the state."""
 
 
 def check(job: Job) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from minitrain.experiments import ngram, place, roundtrip, training
 from minitrain.experiments.job import Finding, Job, Show, Stopped
 from minitrain.experiments.preset import load
 from minitrain.files import write_json
+from minitrain.loop import Listener
 from minitrain.run_folder import RunFolder
 
 
@@ -67,8 +68,5 @@ def run(
     return Made(folder, finding, kind.resumes)
 
 
-class _Blind:
+class _Blind(Listener):
     """A listener that shows nothing."""
-
-    def stepped(self, stats: Any, state: Any) -> None: ...
-    def validated(self, step: int, result: Any) -> None: ...

@@ -43,6 +43,7 @@ CONCERNS = {
     "scheduler": "the learning rate",
     "training": "the loop",
     "data": "the text",
+    "record": "what is kept of the run",
 }
 """What the settings of a section have to do with."""
 SHOWN = 3

@@ -1,0 +1,302 @@
+"""What a run has recorded, read back: lazily, checked against checksums and digests, of a run that is done, at work or
+was killed.
+
+State t is what step t reads, 0 <= t <= T; step t turns it into state t+1, 0 <= t < T. What is damaged is never
+returned: a RunError says which file and place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minitrain.assembly import prepare_data
+from minitrain.config import Config
+from minitrain.data.batches import Batch, TrainBatches
+from minitrain.data.prepare import Prepared
+from minitrain.errors import RunError
+from minitrain.model import make_backend
+from minitrain.optim import Recurrence
+from minitrain.record.arrays import read_chunk, read_row, shards
+from minitrain.record.digests import KINDS, batch_digest, tensor_digest
+from minitrain.record.journal import FINGERPRINT, SCALARS, Frame, Journal, read_journal
+from minitrain.record.layout import Layout, layout_of
+from minitrain.run_folder import RunFolder
+from minitrain.state import State
+from minitrain.tensors import Parameter, Tensors, parameter_table
+
+
+class Moment(NamedTuple):
+    """First and second moment of one tensor."""
+
+    m: NDArray[np.float32]
+    v: NDArray[np.float32]
+
+
+class Moments(Mapping[str, Moment]):
+    """``moments["lm_head.bias"].m``; ``moments.m`` and ``moments.v`` are all of them, as Tensors."""
+
+    def __init__(self, m: Tensors, v: Tensors) -> None:
+        self.m, self.v = m, v
+
+    def __getitem__(self, name: str) -> Moment:
+        return Moment(self.m[name], self.v[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.m)
+
+    def __len__(self) -> int:
+        return len(self.m)
+
+
+class RecordedBatch(NamedTuple):
+    """What step t read."""
+
+    rows: NDArray[np.int64]
+    """(B,) numbers of the samples in the training split."""
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    digest: int
+    """xxh3-64 of the tokens and masks, as recorded; those of ``batch`` have the same."""
+    batch: Batch
+
+
+class Scalars(Mapping[str, NDArray[Any]]):
+    """One array of T numbers a name: step, loss, lr, grad_norm, ... ``pandas.DataFrame(dict(scalars))`` takes it."""
+
+    NAMES = ("step", *SCALARS, "tokens")
+
+    def __init__(self, journal: Journal) -> None:
+        self._steps = journal.steps
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self.NAMES:
+            raise KeyError(name)
+        return np.array([body[name] for body in self._steps])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.NAMES)
+
+    def __len__(self) -> int:
+        return len(self.NAMES)
+
+
+def open_run(path: Path | str) -> Run:
+    """The record of the run in this folder. Raises RunError if there is none, or its journal is damaged."""
+    return Run(Path(path))
+
+
+class Run:
+    """A recorded run, as it was when this was made. A context manager, for symmetry: nothing stays open."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = RunFolder(path)
+        self.folder.require_run()
+        self.manifest = self.folder.read_manifest()
+        self.config: Config = self.folder.stored_config()
+        if not self.config.record.enabled:
+            raise RunError(f"{path}: expected a recorded run, got one with record.enabled: false; train it again with")
+        self.journal = read_journal(self.folder.journal)
+        self._require_same_run()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def _require_same_run(self) -> None:
+        """Manifest and journal must tell of the same run, and the journal be as long as the manifest says."""
+        told = {key: self.manifest.get(key) for key in FINGERPRINT}
+        found = {key: self.journal.header.get(key) for key in FINGERPRINT}
+        if told != found:
+            names = ", ".join(key for key in FINGERPRINT if told[key] != found[key])
+            raise RunError(
+                f"{self.folder.journal}: expected the journal of the run that {self.folder.manifest} tells of, got one "
+                f"with another {names}; put the files of one run together again"
+            )
+        ended = self.manifest.get("outcome", {}).get("steps")
+        if ended is not None and self.folder.complete.exists() and self.steps != ended and not self._given_up:
+            raise RunError(
+                f"{self.folder.journal}: expected {ended} steps, as {self.folder.manifest} says, got {self.steps}: the "
+                "end is missing; restore the file from a copy"
+            )
+
+    @property
+    def _given_up(self) -> bool:
+        """Whether the recorder could not write and training went on, as record.on_error says."""
+        return self.config.record.on_error == "continue"
+
+    @property
+    def steps(self) -> int:
+        """T: the steps that are recorded."""
+        return len(self.journal.steps)
+
+    @property
+    def complete(self) -> bool:
+        return self.folder.complete.exists()
+
+    @property
+    def ended(self) -> str:
+        """``complete``, ``nonfinite``, or ``unfinished``: at work, interrupted or killed."""
+        return "complete" if self.complete else str(self.manifest.get("outcome", {}).get("ended", "unfinished"))
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What happened besides steps: ``{"event": name, "step": t, ...}``, in order."""
+        return self.journal.events
+
+    @cached_property
+    def layout(self) -> Layout:
+        return layout_of(self.config, self.steps if self.ended == "nonfinite" else None)
+
+    @cached_property
+    def keyframes(self) -> list[int]:
+        """The states that stand on disk whole, in order."""
+        states = self.layout.keyframes
+        numbers = [number for number, _ in shards(self.folder.record, self.layout.arrays["keyframe_param"])]
+        return [states[n] for n in numbers if n < len(states) and states[n] <= self.steps]
+
+    def _require(self, what: str, t: int, last: int) -> int:
+        if not 0 <= t <= last:
+            raise RunError(f"{what} {t}: expected 0 to {last}, which {self.path} has recorded, got {t}")
+        return t
+
+    def frame(self, t: int) -> Frame:
+        """What the journal says of step t. Raises RunError outside 0..T-1."""
+        return self.journal.frame(self._require("step", t, self.steps - 1))
+
+    def rng(self, t: int) -> NDArray[np.uint64]:
+        """(2, 4): both streams before step t drew from them."""
+        return self.frame(t).rng
+
+    @cached_property
+    def data(self) -> Prepared:
+        """The data of the run, from the files it was trained on. Raises RunError if they are others, and DataError."""
+        data = prepare_data(self.config)
+        if data.manifest_hash != self.manifest["data_manifest_hash"]:
+            raise RunError(
+                f"{self.config.data.train_path}: expected the data that {self.path} was trained on "
+                f"(data_manifest_hash {self.manifest['data_manifest_hash'][:12]}…), got others "
+                f"({data.manifest_hash[:12]}…); restore them, or go to the folder from which the run was started"
+            )
+        return data
+
+    def batch(self, t: int) -> RecordedBatch:
+        """What step t read. Raises RunError where the data do not give the tokens that were recorded."""
+        frame, training = self.frame(t), self.config.training
+        train = self.data.train
+        if frame.rows.max() >= len(train):
+            raise RunError(f"{self.path}: expected samples 0 to {len(train) - 1} in step {t}, got {frame.rows.max()}")
+        batch = TrainBatches(train, training.batch_size, training.data_seed, self.config.data.batching).take(frame.rows)
+        if batch_digest(batch) != frame.batch_digest:
+            raise RunError(
+                f"{self.path}: expected the tokens of step {t} with digest {frame.batch_digest:016x}, got "
+                f"{batch_digest(batch):016x} from {self.config.data.train_path}; restore the data"
+            )
+        texts = tuple("" if row < 0 else train.texts[row] for row in frame.rows)
+        return RecordedBatch(frame.rows, batch.ids, texts, frame.batch_digest, batch)
+
+    @property
+    def scalars(self) -> Scalars:
+        """Loss, learning rate and norms of every step."""
+        return Scalars(self.journal)
+
+    # States
+
+    def digests(self, t: int) -> NDArray[np.uint64]:
+        """(3, N) of state t, 0 <= t <= T, as it was left, or for state 0 as it was read."""
+        self._require("state", t, self.steps)
+        if self.steps == 0:
+            raise RunError(f"{self.path}: expected at least one recorded step, got none")
+        return self.frame(t - 1).digest_out if t else self.frame(0).digest_in
+
+    def moments(self, t: int) -> Moments:
+        """m and v of state t, checked. Raises RunError where they are not recorded, or damaged."""
+        self._require("state", t, self.steps)
+        m, v = self._tensors(), self._tensors()
+        if t and self.config.record.moments == "every_step":
+            for kind, tensors in ((1, m), (2, v)):
+                spec = self.layout.arrays[KINDS[kind]]
+                tensors.flat[:] = read_row(self.folder.record, spec, t - 1)
+                self.require_digests(t, kind, tensors.flat, f"row {t - 1} of {self.folder.record / spec.name}")
+        elif t:
+            self._read_keyframe(t, {1: m, 2: v})
+        return Moments(m, v)
+
+    def params(self, t: int) -> Tensors:
+        """Parameters of state t, checked: a keyframe, or what follows from one and the recorded moments.
+
+        Raises RunError where neither is recorded, or what follows has another digest than was recorded.
+        """
+        self._require("state", t, self.steps)
+        start = max((k for k in self.keyframes if k <= t), default=None)
+        if start is None or (start != t and self.config.record.moments != "every_step"):
+            raise self._not_recorded(t)
+        params = self._tensors()
+        self._read_keyframe(start, {0: params})
+        if start < t:
+            following = Recurrence(self.config.optimizer, params, make_backend(self.config.training.backend))
+            for s in range(start, t):
+                moments = self.moments(s + 1)
+                following(moments.m.flat, moments.v.flat, self.frame(s).lr, s + 1)
+                self.require_digests(s + 1, 0, params.flat, f"state {s + 1}, which follows from keyframe {start}")
+        return params
+
+    def state(self, t: int) -> State:
+        """State t, in buffers of its own."""
+        moments = self.moments(t)
+        return State(t, self.params(t), moments.m, moments.v)
+
+    def keyframe(self, t: int) -> State:
+        """State t from the keyframe there. Raises RunError where there is none, or it is damaged."""
+        params, m, v = self._tensors(), self._tensors(), self._tensors()
+        self._read_keyframe(t, {0: params, 1: m, 2: v})
+        return State(t, params, m, v)
+
+    def _read_keyframe(self, t: int, wanted: Mapping[int, Tensors]) -> None:
+        if t not in self.keyframes:
+            raise self._not_recorded(t)
+        number = self.layout.keyframes.index(t)
+        for kind, tensors in wanted.items():
+            spec = self.layout.arrays[f"keyframe_{KINDS[kind]}"]
+            tensors.flat[:] = read_chunk(self.folder.record, spec, number, 1)[0]
+            if self.steps:
+                self.require_digests(t, kind, tensors.flat, f"keyframe {t} in {self.folder.record / spec.name}")
+
+    def _not_recorded(self, t: int) -> RunError:
+        return RunError(
+            f"state {t}: expected a keyframe (there are {', '.join(map(str, self.keyframes))}) or record.moments: "
+            f"every_step, got {self.config.record.moments}; minitrain.replay.Replay(run).at({t}) runs the steps again"
+        )
+
+    def require_digests(self, t: int, kind: int, flat: NDArray[np.float32], where: str) -> None:
+        """Raises RunError unless this (P,) is what was recorded of state t: parameters (kind 0), m (1) or v (2)."""
+        recorded = self.digests(t)[kind]
+        bounds = self._offsets
+        for p, start, end, expected in zip(self._table, bounds[:-1], bounds[1:], recorded, strict=True):
+            if (found := tensor_digest(flat[start:end])) != expected:
+                raise RunError(
+                    f"{where}: expected {KINDS[kind]}.{p.name} with digest {int(expected):016x}, got {found:016x}; "
+                    f"minitrain verify {self.path} tells what is wrong"
+                )
+
+    def _tensors(self) -> Tensors:
+        return Tensors(self._table)
+
+    @cached_property
+    def _table(self) -> list[Parameter]:
+        return parameter_table(self.config.model)
+
+    @cached_property
+    def _offsets(self) -> list[int]:
+        return [int(x) for x in Tensors(self._table).offsets]

@@ -1,0 +1,137 @@
+"""Writes a record: steps, events, keyframes and incidents, in the order in which they become true.
+
+A step is committed by its frame in the journal; its rows of m and v, and the keyframe that it completes, are written
+before. Arrays in blocks follow when the block is full, or at the end: the journal says the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from minitrain.errors import RunError
+from minitrain.files import write_atomic
+from minitrain.record.arrays import BlockWriter, RowWriter, create, shards, write_chunk
+from minitrain.record.journal import Journal, JournalWriter, read_journal
+from minitrain.record.layout import SHARD, Layout
+from minitrain.run_folder import RunFolder
+
+Flats = tuple[NDArray[np.float32], ...]
+"""Parameters, m and v, each (P,)."""
+
+
+class RecordWriter:
+    """Begins a record, or goes on with one that is cut back to its first ``start`` steps."""
+
+    def __init__(self, folder: RunFolder, layout: Layout, header: Mapping[str, Any], start: int) -> None:
+        """Raises RunError if the record that stands there does not reach ``start``, and OSError."""
+        self._folder, self._layout = folder, layout
+        self._before: dict[int, dict[str, Any]] = {}
+        self._journal: JournalWriter
+        if start:
+            journal = self._require_steps(start)
+            self._before = {body["step"]: body for body in journal.steps[start:]}
+        elif folder.record.exists():
+            shutil.rmtree(folder.record)
+        self._drop_later(start)
+        create(folder.record, layout)
+        self._blocks = BlockWriter(folder.record, layout.of("blocks"), start // SHARD)
+        self._rows = [RowWriter(folder.record, spec, start) for spec in layout.of("rows")]
+        if start:
+            for step in range(start // SHARD * SHARD, start):
+                self._blocks.append(block_row(journal, step))
+            end, chain = journal.end_of(start)
+            self._journal = JournalWriter(folder.journal, keep=end, chain=chain)
+            self.digest_out = journal.frame(start - 1).digest_out
+            """Of the last step, (3, N)."""
+        else:
+            self._journal = JournalWriter(folder.journal)
+            self._journal.append(header)
+            self.digest_out = np.zeros((3, layout.N), np.uint64)
+
+    def _require_steps(self, start: int) -> Journal:
+        journal = read_journal(self._folder.journal)
+        if len(journal.steps) < start:
+            raise RunError(
+                f"{self._folder.journal}: expected every step before {start}, where the checkpoint stands, got only "
+                f"{len(journal.steps)}; restore it, or delete {self._folder.checkpoint} to start again from step 0"
+            )
+        return journal
+
+    def _drop_later(self, start: int) -> None:
+        """Keyframes and incidents of steps that will be done again."""
+        for spec in self._layout.of("keyframes") if start else ():
+            for number, path in shards(self._folder.record, spec):
+                if number >= len(self._layout.keyframes) or self._layout.keyframes[number] > start:
+                    path.unlink()
+        for path in self._folder.incident_files(start):
+            path.unlink()
+
+    def step(self, body: Mapping[str, Any], moments: tuple[bytes, ...]) -> bool:
+        """Commit a step; False if it was recorded before with other bits. Raises OSError."""
+        for rows, row in zip(self._rows, moments, strict=True):
+            rows.append(row)
+        step = body["step"]
+        same = self._before.get(step, body) == body
+        chain = self._journal.append(body)
+        self._blocks.append(_as_row(body, self.digest_out, chain))
+        self.digest_out = np.frombuffer(body["digest_out"], "<u8").reshape(3, -1)
+        return same
+
+    def event(self, body: Mapping[str, Any]) -> None:
+        """``{"event": name, "step": t, ...}``: belongs to the step whose frame comes next. Raises OSError."""
+        self._journal.append(body)
+
+    def keyframe(self, number: int, state: Flats) -> None:
+        """Raises OSError."""
+        for spec, flat in zip(self._layout.of("keyframes"), state, strict=True):
+            write_chunk(self._folder.record, spec, number, flat[np.newaxis])
+
+    def incident(self, step: int, reason: str, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """State ``step`` as it was read, and what else was in memory. Raises OSError."""
+        self._folder.incidents.mkdir(exist_ok=True)
+        about = json.dumps({"step": step, "reason": reason}, sort_keys=True)
+        copies = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        write_atomic(self._folder.incident(step), save(copies, {"minitrain": about}))
+
+    def sync(self) -> None:
+        self._journal.sync()
+
+    def close(self) -> None:
+        """Finish what is open, so that other programs see every step. Raises OSError."""
+        self._journal.sync()
+        self._journal.close()
+        self._blocks.flush()
+        for rows in self._rows:
+            rows.close()
+
+    def shorten(self, shorter: Layout, last: Flats) -> None:
+        """The run ended before its last step: arrays of the true length, and the last state. Raises OSError."""
+        create(self._folder.record, shorter)
+        self.keyframe(len(shorter.keyframes) - 1, last)
+
+
+def _as_row(body: Mapping[str, Any], before: NDArray[np.uint64], chain: bytes) -> dict[str, Any]:
+    """What a frame says, by the names of the arrays in blocks."""
+    digest_in = before if body["digest_in"] is None else np.frombuffer(body["digest_in"], "<u8").reshape(3, -1)
+    return {
+        **body,
+        "batch_ids": np.frombuffer(body["rows"], "<i8"),
+        "rng": np.frombuffer(body["rng"], "<u8").reshape(2, 4),
+        "digest_in": digest_in,
+        "digest_out": np.frombuffer(body["digest_out"], "<u8").reshape(3, -1),
+        "site_digest": np.frombuffer(body.get("sites", b""), "<u8"),
+        "chain": np.frombuffer(chain, "<u8"),
+    }
+
+
+def block_row(journal: Journal, step: int) -> dict[str, Any]:
+    """A committed step by the names of the arrays in blocks."""
+    before = journal.steps[step - 1]["digest_out"] if step else journal.steps[0]["digest_in"]
+    return _as_row(journal.steps[step], np.frombuffer(before, "<u8").reshape(3, -1), journal.chains[step])
