@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ENGINE := setup.py pyproject.toml $(wildcard _ext/*.pyx _ext/kernels/*.pxi _ext/include/*.h)
+ENGINE := setup.py pyproject.toml $(wildcard _ext/*.pyx _ext/*.pxi _ext/kernels/*.pxi _ext/include/*.h)
 # Two processes, each a file at a time, since the fixtures of a file are shared in it.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 

@@ -7,6 +7,7 @@ kernels_<isa>.pyx    the same source compiled for AVX-512, AVX2 + FMA, and any p
 include/             16 lanes of float, exp and log, the tile of a matrix product, Philox, threads
 reference.py         the NumPy twin of every kernel: same name, same arguments
 engine.pyx           programs (lists of operations) and the threads that run them
+hooks.pxi            who is called between operations; include/statistics.h is what probes measure
 plan.py              programs with checked arguments and named sites; which instruction set is used
 ===================  ==========================================================================================
 """

@@ -6,7 +6,7 @@ a single call without the GIL: no Python object is touched, nothing is allocated
 
 from libc.math cimport frexp, sqrt
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uint8_t
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
 
 import numpy as np
@@ -46,6 +46,12 @@ cdef extern from "philox.h" nogil:
 cdef extern from "fpenv.h" nogil:
     uint64_t fpenv_enter() noexcept
     void fpenv_set(uint64_t value) noexcept
+
+cdef extern from "statistics.h" nogil:
+    ctypedef struct Statistics:
+        int64_t count, zeros, nan, inf
+        double mean, mean_abs, variance, min, max, l2
+    void measure "statistics"(const void *x, int wide, int64_t n, Statistics *s) noexcept
 
 cdef extern from *:
     """
@@ -167,8 +173,13 @@ cdef class Program:
         with nogil:
             forked = pool_run(&self.pool.c, self.ops, first, last)
         if forked:
-            raise RuntimeError("the threads of this backend stayed behind in another process; after a fork make the "
-                               "model anew, or start processes by spawn")
+            raise RuntimeError(FORKED)
+
+
+cdef str FORKED = ("the threads of this backend stayed behind in another process; after a fork make the model anew, or start "
+                   "processes by spawn")
+
+include "hooks.pxi"
 
 
 cdef class Environment:

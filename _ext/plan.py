@@ -1,8 +1,8 @@
 """A plan: the operations of a pass in order, checked once, and the named sites between them.
 
 The same plan runs on the compiled kernels or on their NumPy twins. Nobody listening costs one branch a pass: the whole
-plan is one call. A listener at a site has the plan run up to there, the array shown to it, and the rest run on; the
-bits are the same because the operations are.
+plan is one call. A hook at a site has the plan run up to there, the array shown to it, and the rest run on (hooks.pxi);
+the bits are the same because the operations are.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from numpy.typing import NDArray
 
 from minitrain._ext import engine, reference
 from minitrain._ext.signatures import SIGNATURES, SPLITS
-from minitrain.errors import MinitrainError
+from minitrain.errors import KernelArgumentError, MinitrainError
 
 
 class Listeners(Protocol):
     """Who is called at sites; see minitrain.hooks."""
 
+    step: int
+    version: int
+
     def __bool__(self) -> bool: ...
-    def hears(self, site: str) -> bool: ...
-    def fire(self, site: str, tensor: NDArray[Any]) -> None: ...
+    def at(self, site: str) -> list[engine.Hook]: ...
+    def failed(self, listener: Callable[[str, NDArray[Any]], object], site: str, error: Exception) -> Exception: ...
 
 
 def instruction_set() -> str:
@@ -83,17 +86,17 @@ class CompiledBackend:
 
 class CompiledProgram:
     def __init__(self, pool: engine.Pool, address: dict[str, int]) -> None:
-        self._program = engine.Program(pool)
+        self.runner = engine.Program(pool)
+        self.run = self.runner.run
         self._address = address
         self._alive: list[Any] = []  # the program holds addresses only
-        self.run = self._program.run
 
     def append(self, name: str, arguments: tuple[Any, ...]) -> None:
         signature = SIGNATURES[name]
         sizes = signature.sizes(arguments)
         arrays = arguments[: len(signature.arrays)]
         self._alive.append(arrays)
-        self._program.append(
+        self.runner.append(
             self._address[name],
             [0 if a is None else a.ctypes.data for a in arrays],
             list(sizes.values()),
@@ -120,11 +123,16 @@ class ReferenceBackend:
 class ReferenceProgram:
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self._dtype = dtype
+        self.runner = self
         self._calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
 
     def append(self, name: str, arguments: tuple[Any, ...]) -> None:
         SIGNATURES[name].sizes(arguments, floats=self._dtype)
         self._calls.append((getattr(reference, name), arguments))
+
+    @property
+    def length(self) -> int:
+        return len(self._calls)
 
     def run(self, first: int, last: int) -> None:
         with np.errstate(all="ignore"):  # NaN and Inf are evidence here, not accidents
@@ -142,6 +150,8 @@ class Plan:
         self._program = backend.program()
         self.kernels: list[str] = []
         self._sites: list[tuple[int, str, NDArray[Any]]] = []
+        self._roll = engine.Roll([])
+        self._called: tuple[Listeners | None, int] = None, 0  # who is on the roll
 
     def add(self, kernel: str, *arguments: Any) -> None:
         """Append a kernel: arrays in the order of its signature, then numbers. Raises KernelArgumentError."""
@@ -149,10 +159,12 @@ class Plan:
         self.kernels.append(kernel)
 
     def site(self, name: str, tensor: NDArray[Any]) -> None:
-        """Name this point of the pass: listeners are shown a read-only view of ``tensor``."""
-        view = tensor.view()
-        view.flags.writeable = False
-        self._sites.append((len(self.kernels), name, view))
+        """Name this point, where hooks see ``tensor``, contiguous float32 or float64. Raises KernelArgumentError."""
+        if tensor.dtype not in (np.float32, np.float64) or not tensor.flags.c_contiguous:
+            raise KernelArgumentError(
+                f"site {name}: expected contiguous float32 or float64, got {tensor.dtype} with strides {tensor.strides}"
+            )
+        self._sites.append((len(self.kernels), name, tensor))
 
     @property
     def sites(self) -> list[str]:
@@ -162,17 +174,21 @@ class Plan:
         if not listeners:
             self._program.run(0, len(self.kernels))
             return
-        done = 0
-        for at, site, view in self._sites:
-            if listeners.hears(site):
-                self._program.run(done, at)
-                done = at
-                listeners.fire(site, view)
-        self._program.run(done, len(self.kernels))
+        if self._called[0] is not listeners or self._called[1] != listeners.version:
+            self._called = listeners, listeners.version
+            self._roll = engine.Roll(
+                [(at, name, _shown(x), hook) for at, name, x in self._sites for hook in listeners.at(name)]
+            )
+        self._roll.run(self._program.runner, listeners.step, listeners.failed)
 
     def run_part(self, first: int, last: int) -> None:
         """The operations first..last-1 alone, for measuring them."""
         self._program.run(first, last)
+
+
+def _shown(tensor: NDArray[Any]) -> NDArray[Any]:
+    """A view that cannot be made writeable again, one for each hook: another's changes of shape do not show."""
+    return np.asarray(tensor.data.toreadonly())
 
 
 def call(backend: Backend, kernel: str, *arguments: Any) -> None:

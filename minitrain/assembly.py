@@ -67,7 +67,7 @@ class Parts:
 
     @property
     def hooks(self) -> Hooks:
-        """Who listens at the sites of model and optimizer."""
+        """Those of the whole step: model and optimizer have the same."""
         return self.model.hooks
 
     def state(self) -> State:
@@ -84,10 +84,11 @@ def assemble(config: Config, data: Prepared) -> Parts:
     """Batches, model, optimizer and scheduler as configured."""
     training = config.training
     backend = make_backend(training.backend, training.threads)
+    model = MiniGPT(config.model, seed=training.rng_seed, backend=backend)
     return Parts(
         batches=TrainBatches(data.train, training.batch_size, training.data_seed, config.data.batching),
         validation=EvalBatches(data.val, training.batch_size),
-        model=MiniGPT(config.model, seed=training.rng_seed, backend=backend),
-        optimizer=AdamW(config.optimizer, backend=backend),
+        model=model,
+        optimizer=AdamW(config.optimizer, backend=backend, hooks=model.hooks),
         scheduler=Scheduler.from_config(config),
     )

@@ -32,6 +32,10 @@ class KernelArgumentError(MinitrainError, ValueError):
     """An array of the wrong dtype, shape or layout at the border of the engine."""
 
 
+class HookError(MinitrainError):
+    """A hook that cannot be set up, or that raised while a step ran."""
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """The end of a message: ``; did you mean 'x'?``, or an empty string when nothing is near."""
     near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)

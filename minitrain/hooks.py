@@ -1,31 +1,66 @@
-"""Who listens at sites.
+"""Who listens at the sites of a step: Python functions, and probes, which keep statistics without Python.
 
-A listener is any ``f(site, tensor)``; the tensor is a read-only view of the array as it is at that moment. With nobody
-registered the step pays one branch a pass, and with anybody the bits are the same.
+The engine calls them (`_ext/hooks.pxi`); here stand names, globs and messages. With nobody registered a pass is one
+call, and with anybody the bits are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 from numpy.typing import NDArray
 
-Listener = Callable[[str, NDArray[Any]], None]
+from minitrain._ext import engine
+from minitrain.errors import HookError, did_you_mean
+
+Listener = Callable[[str, NDArray[Any]], object]
+
+
+class SiteStats(NamedTuple):
+    """What a tensor holds. ``nan`` and ``inf`` count those elements, ``zeros`` both 0.0 and -0.0, ``count`` all.
+
+    The rest is in double over the finite elements, NaN where there is none: ``mean``, ``mean_abs`` (of the absolute
+    values), ``variance`` (population), ``min``, ``max`` and ``l2``, the square root of the sum of squares.
+    """
+
+    count: int  # type: ignore[assignment]  # hides tuple's method
+    mean: float
+    mean_abs: float
+    variance: float
+    min: float
+    max: float
+    zeros: int
+    nan: int
+    inf: int
+    l2: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether every element is."""
+        return not self.nan and not self.inf
+
+
+def statistics(tensor: NDArray[Any]) -> SiteStats:
+    """What a probe keeps, of any float32 or float64 array: the same bits on every processor. Raises ValueError."""
+    return SiteStats(*engine.statistics(np.ascontiguousarray(tensor)))
 
 
 class HookHandle:
-    """Takes a listener off again: ``handle.remove()``, or leave the ``with`` block."""
+    """Takes a hook off again: ``handle.remove()``, or leave the ``with`` block."""
 
-    def __init__(self, hooks: Hooks, entry: tuple[str, Listener]) -> None:
-        self._hooks, self._entry = hooks, entry
+    def __init__(self, hooks: Hooks, hook: engine.Hook) -> None:
+        self._hooks, self._hook = hooks, hook
 
     def remove(self) -> None:
-        self._hooks._remove(self._entry)
+        """It is not called any more; twice is no harm."""
+        self._hooks._remove(self._hook)
 
-    def __enter__(self) -> HookHandle:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -34,42 +69,77 @@ class HookHandle:
         self.remove()
 
 
+class Probe(HookHandle):
+    """The statistics of its sites, measured by the engine without the GIL."""
+
+    @property
+    def step(self) -> int | None:
+        """The last step at which it measured anything."""
+        return self._hook.step if self._hook.step >= 0 else None
+
+    @property
+    def stats(self) -> dict[str, SiteStats]:
+        """By site, as measured the last time the step came by. Read it between steps, or in a hook."""
+        told = ((site, tally.told()) for site, tally in self._hook.tallies.items())
+        return {site: SiteStats(*figures) for site, figures in told if figures}
+
+
 class Hooks:
-    """The listeners of a model, called in the order in which they were added."""
+    """The hooks of a model and its optimizer, called in the order in which they were added at each site.
 
-    def __init__(self) -> None:
-        self._entries: list[tuple[str, Listener]] = []
-        self._heard: dict[str, list[Listener]] = {}
+    ``step`` is the step that is running. ``sites`` are the names that globs are held against; with none, any glob goes.
+    """
 
-    def listen(self, listener: Listener, sites: str = "*") -> HookHandle:
-        """Call ``listener(site, tensor)`` at every site whose name matches the glob."""
-        entry = (sites, listener)
-        self._entries.append(entry)
-        self._heard.clear()
-        return HookHandle(self, entry)
+    def __init__(self, sites: Sequence[str] = ()) -> None:
+        self.sites = tuple(sites)
+        self.step = 0
+        self.version = 0
+        """Another after each change; who keeps what `at` said looks here."""
+        self._hooks: list[tuple[str, engine.Hook]] = []
 
-    def _remove(self, entry: tuple[str, Listener]) -> None:
-        self._entries = [e for e in self._entries if e is not entry]
-        self._heard.clear()
+    def listen(self, listener: Listener, sites: str = "*", every: int = 1) -> HookHandle:
+        """Call ``listener(site, tensor)`` at the sites that match the glob, at steps that are multiples of ``every``.
+
+        The tensor is a read-only view of the array as it is at that moment; copy what is to be kept. What the listener
+        raises ends the step as HookError: the state is then between two steps. Who is added or removed by a listener
+        comes in with the next pass and goes at once. Raises HookError where nothing matches.
+        """
+        if not callable(listener):
+            raise HookError(f"hook: expected a function f(site, tensor), got {listener!r}")
+        return HookHandle(self, self._add(listener, sites, every))
+
+    def probe(self, sites: str = "*", every: int = 1) -> Probe:
+        """Keep statistics of the sites that match the glob. Raises HookError where none does."""
+        return Probe(self, self._add(None, sites, every))
+
+    def _add(self, call: Listener | None, pattern: str, every: int) -> engine.Hook:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise HookError(f"hook: every: expected a number of steps, at least 1, got {every!r}")
+        if self.sites and not any(fnmatchcase(site, pattern) for site in self.sites):
+            raise HookError(
+                f"hook: sites: expected the name of a site or a glob, got {pattern!r}, which matches none of "
+                f"{len(self.sites)}{did_you_mean(pattern, self.sites)} (minitrain.tensors.sites lists them)"
+            )
+        hook = engine.Hook(call, every)
+        self._hooks.append((pattern, hook))
+        self.version += 1
+        return hook
+
+    def _remove(self, hook: engine.Hook) -> None:
+        hook.remove()
+        self._hooks = [entry for entry in self._hooks if entry[1] is not hook]
+        self.version += 1
 
     def __bool__(self) -> bool:
-        return bool(self._entries)
+        return bool(self._hooks)
 
-    def _at(self, site: str) -> list[Listener]:
-        if site not in self._heard:
-            self._heard[site] = [f for pattern, f in self._entries if fnmatchcase(site, pattern)]
-        return self._heard[site]
+    def at(self, site: str) -> list[engine.Hook]:
+        """Who hears this site, in order."""
+        return [hook for pattern, hook in self._hooks if fnmatchcase(site, pattern)]
 
-    def hears(self, site: str) -> bool:
-        return bool(self._at(site))
-
-    def fire(self, site: str, tensor: NDArray[Any]) -> None:
-        for listener in self._at(site):
-            listener(site, tensor)
-
-    def show(self, site: str, tensor: NDArray[Any]) -> None:
-        """Fire with a read-only view, if anybody hears this site."""
-        if self.hears(site):
-            view = tensor.view()
-            view.flags.writeable = False
-            self.fire(site, view)
+    def failed(self, listener: Listener, site: str, error: Exception) -> HookError:
+        """What ends the step in which ``listener`` raised ``error``."""
+        name = getattr(listener, "__qualname__", None) or repr(listener)
+        where = traceback.extract_tb(error.__traceback__)
+        line = f" ({where[-1].filename}:{where[-1].lineno})" if where else ""
+        return HookError(f"hook {name} at site {site}, step {self.step}: {type(error).__name__}: {error}{line}")

@@ -15,7 +15,7 @@ from minitrain.errors import DataError, KernelArgumentError
 from minitrain.hooks import Hooks
 from minitrain.passes import Passes
 from minitrain.rng import Purpose
-from minitrain.tensors import Tensors, parameter_table
+from minitrain.tensors import Tensors, parameter_table, sites
 
 INIT_STD = 0.02
 
@@ -56,7 +56,7 @@ class MiniGPT:
         self.backend = backend or CompiledBackend(threads)
         self.params = Tensors(parameter_table(self.config))
         self.grads = self.params.like()
-        self.hooks = Hooks()
+        self.hooks = Hooks(sites(self.config))
         self.seed = seed
         self.step = 0
         self._key = np.array([seed, Purpose.DROPOUT, 0], np.uint32)
@@ -65,6 +65,15 @@ class MiniGPT:
         self._trained = self._running = False
         with engine.Environment():
             initialise(self.params, self.config.n_layer, seed)
+
+    @property
+    def step(self) -> int:
+        """The step that the next pass belongs to: dropout is drawn for it, and hooks go by it."""
+        return self.hooks.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self.hooks.step = step
 
     def reseed(self, seed: int) -> None:
         """Draw dropout from this seed from now on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,8 @@ class Recurrence:
 class AdamW:
     """AdamW with decoupled weight decay, after element-wise and global-norm clipping.
 
-    Give it the model's ``backend``; without one it uses the compiled kernels on one thread.
+    Give it the model's ``backend`` and ``hooks``; without them it uses the compiled kernels on one thread, and hooks of
+    its own, whose step is the number of updates done.
 
     ``m`` and ``v`` are Tensors with the parameters' names; they exist from the first step (or `bind`) on. ``lr`` is the
     rate of the next update, ``updates`` the number done. ``step(params, grads)`` clips and updates in place; ``norms``
@@ -79,12 +80,18 @@ class AdamW:
     """
 
     def __init__(
-        self, config: OptimizerConfig | None = None, *, lr: float | None = None, backend: Backend | None = None
+        self,
+        config: OptimizerConfig | None = None,
+        *,
+        lr: float | None = None,
+        backend: Backend | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
         self.config = config or OptimizerConfig()
         self.lr = self.config.lr_max if lr is None else lr
         self.backend = backend or CompiledBackend()
-        self.hooks = Hooks()
+        self.hooks = Hooks() if hooks is None else hooks
+        self._own_hooks = hooks is None
         self.updates = 0
         self.norms = Norms(0.0, 0.0)
         self.m: Tensors | None = None
@@ -108,6 +115,11 @@ class AdamW:
         self._clamp.add("clamp", grads.flat, self._limit)
         self._scale.add("scale", grads.flat, self._factor)
         self._adamw.add("adamw", params.flat, m.flat, v.flat, grads.flat, params.offsets, decays, self._hyper)
+        self._clipped = Plan(self.backend)
+        self._clipped.site("clip", grads.flat)
+        for kind, tensors in ("m", m), ("v", v), ("param", params):
+            for name, tensor in tensors.items():
+                self._adamw.site(f"{kind}.{name}", tensor)
 
     @property
     def plans(self) -> list[Plan]:
@@ -135,21 +147,20 @@ class AdamW:
                 self._scale.run()
                 norm *= factor
         self.norms = Norms(before, norm)
+        if self._own_hooks:
+            self.hooks.step = self.updates
         if self.hooks:
-            self.hooks.show("clip", grads.flat)
+            self._clipped.run(self.hooks)
         return self.norms
 
     def update(self, params: Tensors, grads: Tensors) -> None:
         """One AdamW update in place with ``self.lr``; t counts from 1."""
-        m, v = self.bind(params, grads)
+        self.bind(params, grads)
+        if self._own_hooks:
+            self.hooks.step = self.updates
         self.updates += 1
         self._hyper[:] = hyper_row(self.config, self.lr, self.updates)
-        self._adamw.run()
-        if self.hooks:
-            kinds: tuple[tuple[str, Mapping[str, NDArray[Any]]], ...] = (("m", m), ("v", v), ("param", params))
-            for kind, tensors in kinds:
-                for name, tensor in tensors.items():
-                    self.hooks.show(f"{kind}.{name}", tensor)
+        self._adamw.run(self.hooks)
 
     def step(self, params: Tensors, grads: Tensors) -> Norms:
         """`clip`, then `update`."""

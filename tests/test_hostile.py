@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minitrain._ext.plan import CompiledBackend, Plan, ReferenceBackend, call
-from minitrain.errors import DataError
+from minitrain.errors import DataError, HookError
 from minitrain.model import MiniGPT
 from minitrain.optim import AdamW
 
@@ -128,11 +128,11 @@ def test_a_listener_cannot_run_the_model(odd_config, make_batch):
     model, batch = MiniGPT(odd_config), make_batch(odd_config, 2)
     loss = model.forward(*batch)[1]
     for action in (lambda *_: model.forward(*batch, training=False), lambda *_: model.backward()):
-        with model.hooks.listen(action, "block.0.q"), pytest.raises(RuntimeError):
+        with model.hooks.listen(action, "block.0.q"), pytest.raises(HookError, match=r"block\.0\.q, .* RuntimeError: "):
             model.forward(*batch)
     with model.hooks.listen(lambda *_: model.forward(*batch), "grad:block.0.q"):
         model.forward(*batch)
-        with pytest.raises(RuntimeError, match="a listener cannot run the model"):
+        with pytest.raises(HookError, match="RuntimeError: a listener cannot run the model"):
             model.backward()
     assert model.forward(*batch)[1] == loss
 
