@@ -175,7 +175,9 @@ def open_bundle(path: Path) -> Bundle:
     if about.get("step") != frame.step:
         raise refuse(f"step {about.get('step')}, as bundle.json says", f"the frame of step {frame.step}")
     rows = arrays["rows"].tolist()
-    batch = Batch(**{name: arrays[name] for name in _ARRAYS}, dataset_ids=dict(zip(rows, (i for i, _ in told), strict=True)))
+    batch = Batch(
+        **{name: arrays[name] for name in _ARRAYS}, dataset_ids=dict(zip(rows, (i for i, _ in told), strict=True))
+    )
     held = _Held(state, batch, [text for _, text in told], content["tokenizer.json"])
     return Bundle(path, manifest, config, frame, held)
 
@@ -184,7 +186,9 @@ def _config(path: Path, manifest: dict[str, Any]) -> Config:
     """The configuration, and with it every field of the manifest that a replay reads."""
     if manifest.get("schema_version") != SCHEMA_VERSION:
         found = repr(manifest.get("schema_version"))
-        raise RunError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {found}; use the minitrain that wrote it")
+        raise RunError(
+            f"{path}: expected schema_version {SCHEMA_VERSION}, got {found}; use the minitrain that wrote it"
+        )
     maps = ("config", "versions", "hardware", "samples")
     count = manifest["samples"].get("train") if isinstance(manifest.get("samples"), dict) else None
     if not all(isinstance(manifest.get(name), dict) for name in maps) or type(count) is not int or count < 1:

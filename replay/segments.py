@@ -70,8 +70,9 @@ def default_workers() -> int:
 
 
 def verify(run: Run, *, workers: int | None = None, show: Callable[[int], None] = lambda steps: None) -> Verification:
-    """Replay every step of ``run`` and read everything that it has recorded; ``show`` is told of each work_of(run) done.
+    """Replay every step of ``run`` and read everything that it has recorded.
 
+    ``show`` is told, in any thread, how much of `work_of` (run) has been done since it was last told.
     Raises RunError where nothing was recorded, or the same bits are not promised here (as `Replay` does).
     """
     if not run.steps:
@@ -175,7 +176,9 @@ def _memory_fault(source: RecordedRun, step: int) -> Fault:
     left, read = source.frame(step - 1).digest_out, source.frame(step).digest_in
     names = [p.name for p in parameter_table(source.config.model)]
     changed = [f"{KINDS[kind]}.{names[n]}" for kind, n in np.argwhere(left != read)]
-    return Fault(step, "memory", parameter_of(changed[0]), f"step {step}: memory changed before it: {', '.join(changed)}")
+    return Fault(
+        step, "memory", parameter_of(changed[0]), f"step {step}: memory changed before it: {', '.join(changed)}"
+    )
 
 
 def _hold(segment: _Segment, t: int, source: RecordedRun, state: State) -> None:

@@ -187,7 +187,9 @@ def edited(name: str, change: Callable[[dict], object]) -> Callable[[Content], C
 
 def reframed(**fields: object) -> Callable[[Content], Content]:
     """The content with fields of the frame changed; None as a name takes one away."""
-    return lambda content: content | {"frame.msgpack": msgpack.packb(msgpack.unpackb(content["frame.msgpack"]) | fields)}
+    return lambda content: (
+        content | {"frame.msgpack": msgpack.packb(msgpack.unpackb(content["frame.msgpack"]) | fields)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,10 @@ def reframed(**fields: object) -> Callable[[Content], Content]:
         (edited("manifest.json", lambda m: m["config"].update(extra={})), "extra"),
         (edited("manifest.json", lambda m: m["config"]["model"].update(n_layer=2**31 - 1)), "parameters of 2147483647"),
         (edited("manifest.json", lambda m: m["config"]["model"].update(d_model=2**20)), "expected param.embed.weight"),
-        (edited("manifest.json", lambda m: m["config"]["model"].update(max_seq_len=13)), r"expected inputs as int32 \("),
+        (
+            edited("manifest.json", lambda m: m["config"]["model"].update(max_seq_len=13)),
+            r"expected inputs as int32 \(",
+        ),
         (edited("manifest.json", lambda m: m["config"]["training"].update(batch_size=2)), "expected inputs as int32"),
         (lambda c: c | {"state.safetensors": b"\xff" * 40}, "state.safetensors: expected safetensors, got "),
         (lambda c: c | {"batch.safetensors": save({"inputs": np.zeros((3, 12))})}, "expected inputs as int32"),

@@ -61,7 +61,9 @@ def test_replay_tells_a_person(run):
     assert lines[1].split()[-1] == "-"
     assert lines[len(names)].split()[-1] == "same"
     assert "step 17: loss " in result.stdout
-    assert "verified: step 17 bit for bit as recorded (batch, random streams, loss, learning rate, norms, 48 " in lines[-1]
+    assert (
+        "verified: step 17 bit for bit as recorded (batch, random streams, loss, learning rate, norms, 48 " in lines[-1]
+    )
 
 
 class Replaying:
@@ -178,7 +180,9 @@ def test_hooks_that_cannot_be_called(run, folder):
     refused(minitrain(*ask, "faulty_questions:f"), "got OSError: no disk")
     refused(minitrain(*ask, "questions:entropi"), "expected a function entropi, got none; did you mean 'entropy'?")
     refused(minitrain(*ask, "questions:number"), "expected a function number, got 3")
-    refused(minitrain(*ask, "questions:entropy"), "hook entropy at site embed, step 5: ZeroDivisionError", "questions.py:3")
+    refused(
+        minitrain(*ask, "questions:entropy"), "hook entropy at site embed, step 5: ZeroDivisionError", "questions.py:3"
+    )
 
 
 def test_a_bundle_at_the_command_line(run, folder):
@@ -204,7 +208,9 @@ def test_bad_input(run):
     refused(minitrain("replay", run, "--step", 5, "--to", 30), "--to 30: expected one of the recorded steps 0..29")
     refused(minitrain("replay", run, "--step", 5, "--sites", "block.0.atn.probs"), "did you mean 'block.0.attn.probs'")
     for option in "--dump", "--bundle":
-        refused(minitrain("replay", run, "--step", 5, option, "no/where"), f"{option} no/where: expected a file in a fo")
+        refused(
+            minitrain("replay", run, "--step", 5, option, "no/where"), f"{option} no/where: expected a file in a fo"
+        )
     for command in ["replay", "--step", 1], ["verify"], ["info"]:
         refused(minitrain(command[0], "nowhere", *command[1:]), "nowhere: expected a run folder, got no such folder")
     assert not list(Path.cwd().iterdir())
@@ -221,7 +227,11 @@ def test_another_engine(run, monkeypatch):
     assert "the same: step 5 bit for bit as recorded" in result.stdout
     assert "informational: the same bits are not promised here (recorded -> here): numerics_version: 1" in result.stdout
     told = json.loads(minitrain("replay", run, "--step", 5, "--allow-mismatch", "--json").stdout)
-    assert (told["verified"], told["verdict"], told["mismatches"]) == (False, "informational", ["numerics_version: 1 -> 2"])
+    assert (told["verified"], told["verdict"], told["mismatches"]) == (
+        False,
+        "informational",
+        ["numerics_version: 1 -> 2"],
+    )
 
 
 def test_verify(run):

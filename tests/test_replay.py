@@ -115,7 +115,7 @@ def test_a_replay_changes_nothing(healthy, record_run, tmp_path):
 
 
 def test_listeners_hear_the_replayed_step_only(sparse):
-    """A hook hears each site once, read-only; the steps that lead from the keyframe to the state are not shown to it."""
+    """A hook hears each site once, read-only; the steps that lead from a keyframe to the state are not shown to it."""
     replay, heard = Replay(sparse), []
 
     def listen(site, tensor):
@@ -251,7 +251,9 @@ def test_a_state_that_cannot_be_had(tmp_path, record_run, fault):
     """Without moments, the way to a state behind a fault leads over other bits: refused, or allowed by name."""
     broken = fault(10, lambda parts: bump(parts.model.grads["ln_f.bias"]), "clip")
     run = record_run(tmp_path / "run", "record.moments=keyframes", watchers=[broken])
-    with pytest.raises(RunError, match=r"expected step 10, run again from state 8, to be as it was recorded, got anoth"):
+    with pytest.raises(
+        RunError, match=r"expected step 10, run again from state 8, to be as it was recorded, got anoth"
+    ):
         Replay(run).at(12)
     assert Replay(run).at(17).step().verified
 
@@ -302,7 +304,11 @@ def test_the_reference_backend_is_held_to_numpy_and_processor(tmp_path, record_r
 def test_ulps():
     """Neighbours are one apart, also across zero; what is no number has no distance."""
     one = np.float32(1)
-    pairs = [(one, np.nextafter(one, np.float32(2)), 1), (np.float32(-0.0), np.float32(0.0), 1), (one, -one, 2130706433)]
+    pairs = [
+        (one, np.nextafter(one, np.float32(2)), 1),
+        (np.float32(-0.0), np.float32(0.0), 1),
+        (one, -one, 2130706433),
+    ]
     for a, b, expected in pairs:
         assert distance(a.view(np.uint32), b.view(np.uint32)) == expected
         assert distance(b.view(np.uint32), a.view(np.uint32)) == expected

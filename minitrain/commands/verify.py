@@ -62,8 +62,8 @@ def verify_text(run: Run, found: Verification, seconds: float) -> str:
     """What a person reads at the end."""
     if found.verified:
         return (
-            f"verified: {found.steps_checked} steps and {len(run.keyframes)} keyframes of {run.path} are bit for bit as "
-            f"recorded, and so is every file of the record ({seconds:.1f} s)"
+            f"verified: {found.steps_checked} steps and {len(run.keyframes)} keyframes of {run.path} are bit for bit "
+            f"as recorded, and so is every file of the record ({seconds:.1f} s)"
         )
     lines = [f"fault: {fault.message}" for fault in found.faults[:SHOWN]]
     if len(found.faults) > SHOWN:
