@@ -56,11 +56,9 @@ def require_memory(config: Config) -> None:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a configuration is made into, at state 0."""
+class Learner:
+    """What a step turns: model, optimizer and scheduler, with one `Hooks` for the whole step."""
 
-    batches: TrainBatches
-    validation: EvalBatches
     model: MiniGPT
     optimizer: AdamW
     scheduler: Scheduler
@@ -80,15 +78,28 @@ class Parts:
         self.scheduler.step_count = self.optimizer.updates = step
 
 
-def assemble(config: Config, data: Prepared) -> Parts:
-    """Batches, model, optimizer and scheduler as configured."""
+@dataclass(frozen=True)
+class Parts(Learner):
+    """What a configuration is made into, at state 0."""
+
+    batches: TrainBatches
+    validation: EvalBatches
+
+
+def learner(config: Config) -> Learner:
+    """Model, optimizer and scheduler as configured, at state 0."""
     training = config.training
     backend = make_backend(training.backend, training.threads)
     model = MiniGPT(config.model, seed=training.rng_seed, backend=backend)
+    optimizer = AdamW(config.optimizer, backend=backend, hooks=model.hooks)
+    return Learner(model, optimizer, Scheduler.from_config(config))
+
+
+def assemble(config: Config, data: Prepared) -> Parts:
+    """Batches, model, optimizer and scheduler as configured."""
+    training = config.training
     return Parts(
+        **vars(learner(config)),
         batches=TrainBatches(data.train, training.batch_size, training.data_seed, config.data.batching),
         validation=EvalBatches(data.val, training.batch_size),
-        model=model,
-        optimizer=AdamW(config.optimizer, backend=backend, hooks=model.hooks),
-        scheduler=Scheduler.from_config(config),
     )

@@ -66,6 +66,12 @@ def load_checkpoint(path: Path, params: Tensors, m: Tensors, v: Tensors) -> dict
     return about
 
 
+def checkpoint_step(path: Path) -> int:
+    """The state of a checkpoint, from its metadata alone. Raises RunError."""
+    with _opened(path, FORMAT, "checkpoint", "delete the file to start again from step 0") as (_, about, _):
+        return int(about["step"])
+
+
 def save_model(
     folder: Path, params: Tensors, config: ModelConfig, tokenizer: bytes | None = None, stem: str = "minigpt"
 ) -> Path:

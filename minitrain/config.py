@@ -240,7 +240,12 @@ def to_yaml(config: Config) -> str:
 
 def config_hash(config: Config) -> str:
     """sha256, in hex, of the keys that can move a bit (all but `NOT_HASHED`), as sorted JSON."""
-    moving = {key: value for key, value in _flat(config.model_dump()).items() if key not in NOT_HASHED}
+    return tree_hash(config.model_dump())
+
+
+def tree_hash(tree: Mapping[str, Any]) -> str:
+    """`config_hash` of a config in nested mappings: as it stands in a manifest, without the keys of later versions."""
+    moving = {key: value for key, value in _flat(tree).items() if key not in NOT_HASHED}
     return hashlib.sha256(json.dumps(moving, sort_keys=True).encode()).hexdigest()
 
 

@@ -87,6 +87,21 @@ def train_step(model: MiniGPT, optimizer: AdamW, scheduler: Scheduler, batch: Ba
     return StepStats(step, loss, optimizer.lr, norms.before, norms.after, model.loss_sum[1])
 
 
+def watched_step(
+    model: MiniGPT, optimizer: AdamW, scheduler: Scheduler, batch: Batch, listeners: Sequence[Listener]
+) -> StepStats:
+    """`train_step`, with the listeners told before and after it."""
+    m, v = optimizer.bind(model.params, model.grads)
+    state = State(scheduler.step_count, model.params, m, v)
+    for listener in listeners:
+        listener.starting(state.step, batch, state)
+    stats = train_step(model, optimizer, scheduler, batch)
+    state = State(scheduler.step_count, model.params, m, v)
+    for listener in listeners:
+        listener.stepped(stats, state)
+    return stats
+
+
 def evaluate(model: MiniGPT, val_iter: Iterable[Batch]) -> Evaluation:
     """Loss over every token of ``val_iter``: no gradients, no dropout, no random numbers, no change to training."""
     total, tokens = 0.0, 0
@@ -158,7 +173,6 @@ def train(
         write_json(Path(manifest_path), describe(model, optimizer, rng_seed))
     metrics = Metrics(steps=scheduler.step_count)
     next_batch = _batches(train_iter)
-    m, v = optimizer.bind(model.params, model.grads)
 
     def validate(step: int) -> None:
         result = metrics.validations[step] = evaluate(model, val_iter)
@@ -172,14 +186,8 @@ def train(
             return metrics
         if step and step % val_every == 0:
             validate(step)
-        batch, state = next_batch(step), State(step, model.params, m, v)
-        for listener in listeners:
-            listener.starting(step, batch, state)
-        stats = train_step(model, optimizer, scheduler, batch)
+        stats = watched_step(model, optimizer, scheduler, next_batch(step), listeners)
         metrics.steps, metrics.final_loss = step + 1, stats.loss
-        state = State(step + 1, model.params, m, v)
-        for listener in listeners:
-            listener.stepped(stats, state)
         if step % log_every == 0:
             logger.info("step %d loss %.4f lr %.3g grad_norm %.3f", step, stats.loss, stats.lr, stats.grad_norm)
         if not stats.finite:

@@ -84,6 +84,20 @@ class RunFolder:
         finally:
             os.close(lock)
 
+    def at_work(self) -> bool:
+        """Whether a process holds this folder."""
+        try:
+            lock = os.open(self.path / LOCK, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
+
     @staticmethod
     def require_free(path: Path) -> None:
         """Raises RunError if a run cannot begin at ``path``; writes nothing."""

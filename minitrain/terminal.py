@@ -56,6 +56,22 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(s, handler)
 
 
+@contextmanager
+def steps_bar(visible: bool, total: int, name: str) -> Iterator[Callable[[int], None]]:
+    """A bar of ``total`` units of work; what is given back is told how many have been done, by any thread."""
+    if not visible:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(compact=True))
+    with Bar(*columns, console=Console(stderr=True), refresh_per_second=8, transient=True) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
 class Progress:
     """The bar: loss, learning rate, gradient norm and tokens/s, every ``log_every`` steps. A listener of the loop."""
 

@@ -21,7 +21,8 @@ from minitrain import trainer
 from minitrain._ext import engine
 from minitrain._ext.plan import Backend, CompiledBackend, ReferenceBackend, call
 from minitrain._ext.signatures import SIGNATURES
-from minitrain.config import ModelConfig
+from minitrain.config import ModelConfig, load_config
+from minitrain.loop import Listener
 from minitrain.tensors import canonical_bits
 
 THREADS = (1, 2, 3)
@@ -291,3 +292,68 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     words = [("old", "new"), ("cat", "dog"), ("saw", "ate"), "abcde"]
     Path("book.txt").write_text("\n".join("the {} {} {} the {}.".format(*four) for four in product(*words)))
     return list(TINY)
+
+
+# Recorded runs
+
+
+SMALL = [
+    *("model.n_layer=1", "model.n_head=2", "model.d_model=8", "model.d_ff=12", "model.vocab_size=24"),
+    *("model.max_seq_len=12", "scheduler.total_steps=30", "scheduler.warmup_steps=3", "training.batch_size=3"),
+    *("training.val_every=10", "training.checkpoint_every=11", "record.keyframe_every=8"),
+]
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 60 short lines."""
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    words = [("old", "new", "red"), ("cat", "dog"), ("saw", "ate"), "abcde"]
+    path.write_text("\n".join("the {} {} {} {}.".format(*four) for four in product(*words)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def record_run(book: Path) -> Callable[..., Path]:
+    """``record_run(folder, *settings, **how)``: the folder of a small recorded run of 30 steps, keyframes every 8.
+
+    ``how`` goes to `trainer.run`; ``seen`` is a list that gets the Outcome.
+    """
+
+    def make(folder: Path, *settings: str, seen: list[Any] | None = None, **how: Any) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer.report, "write_curve", lambda *_: None)
+            outcome = trainer.run(load_config(None, [*SMALL, f"data.train_path={book}", *settings]), folder, **how)
+        if seen is not None:
+            seen.append(outcome)
+        return folder
+
+    return make
+
+
+class Fault(Listener):
+    """Damages a run: ``strike(parts)`` at a site of step t, or with site None between step t-1 and step t."""
+
+    def __init__(self, step: int, strike: Callable[[Any], None], site: str | None = None) -> None:
+        self._step, self._strike, self._site = step, strike, site
+
+    def __call__(self, parts: Any) -> Fault:
+        """As one of the ``watchers`` of a run, whose recorder has heard a site before this does."""
+        self._parts = parts
+        if self._site:
+            parts.hooks.listen(self._heard, self._site)
+        return self
+
+    def _heard(self, site: str, tensor: Any) -> None:
+        if self._parts.hooks.step == self._step:
+            self._strike(self._parts)
+
+    def stepped(self, stats: Any, state: Any) -> None:
+        if self._site is None and state.step == self._step:
+            self._strike(self._parts)
+
+
+@pytest.fixture(scope="session")
+def fault() -> type[Fault]:
+    """See `Fault`."""
+    return Fault

@@ -6,7 +6,7 @@ step t reads the samples t*B to t*B + B - 1 of that endless line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -91,8 +91,8 @@ class Batch:
     """(B, T) bool, True = counts in the loss."""
     rows: Rows
     """(B,) int64, the samples' numbers in the dataset, FILL where there is none."""
-    dataset_ids: Sequence[str] = field(repr=False)
-    """The ids of the whole dataset, shared by all its batches."""
+    dataset_ids: Sequence[str] | Mapping[int, str] = field(repr=False)
+    """The ids of the whole dataset by row number, shared by all its batches."""
 
     @property
     def ids(self) -> tuple[str, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from minitrain.config import Config
-from minitrain.data.batches import Batch, TrainBatches
+from minitrain.data.batches import Batch
 from minitrain.rng import Purpose
 from minitrain.state import State
 from minitrain.tensors import Tensors, canonical_bits
@@ -45,7 +45,13 @@ def batch_digest(batch: Batch) -> int:
     return h.intdigest()
 
 
-def rng_words(config: Config, batches: TrainBatches, step: int) -> NDArray[np.uint64]:
+class Positions(Protocol):
+    """Where in the data a step starts to read; see TrainBatches."""
+
+    def position(self, step: int) -> dict[str, int]: ...
+
+
+def rng_words(config: Config, batches: Positions, step: int) -> NDArray[np.uint64]:
     """(2, 4): seed, purpose and place of both streams before step ``step`` draws from them.
 
     The training-control stream stands at (step, 0), the data stream at (epoch, offset).

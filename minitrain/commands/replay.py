@@ -1,0 +1,246 @@
+"""``minitrain replay``"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from minitrain.errors import RunError, did_you_mean
+from minitrain.terminal import json_option
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from minitrain.replay.replayer import Live, Replay, SiteReport, StepReport
+
+
+@click.command("replay", short_help="Take a recorded step back and run it again, bit for bit.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--step", type=int, metavar="N", help="Step N turns state N into state N+1 [a bundle has one only].")
+@click.option("--to", "last", type=int, metavar="M", help="Run steps N to M, both included.")
+@click.option("--sites", default="*", metavar="GLOB", show_default=True, help="Of these sites only: table, hook, dump.")
+@click.option("--dump", type=click.Path(path_type=Path), metavar="FILE.safetensors", help="Write the sites' tensors.")
+@click.option("--print-batch", is_flag=True, help="Print ids and texts of the samples that the step read.")
+@click.option("--hook", metavar="MODULE:FUNCTION", help="Call FUNCTION(site, tensor) at every site.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    metavar="FILE.tar.gz",
+    help="Write step N and all that running it elsewhere needs.",
+)
+@click.option("--allow-mismatch", is_flag=True, help="Replay with another engine or other data: proves nothing.")
+@click.option("--threads", type=click.IntRange(1, 64), default=1, show_default=True, help="No bit depends on them.")
+@json_option
+def command(
+    run: Path,
+    step: int | None,
+    last: int | None,
+    sites: str,
+    dump: Path | None,
+    print_batch: bool,
+    hook: str | None,
+    bundle: Path | None,
+    allow_mismatch: bool,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Put back what step N of RUN read, run the step again, and hold it against the record bit by bit.
+
+    RUN is a run folder or a bundle. The table shows the sites in the order in which the step passes them.
+
+    \b
+    minitrain replay runs/a --step 500
+    minitrain replay runs/a --step 500 --sites "block.1.attn.*" --hook entropy:show
+    minitrain replay runs/a --step 500 --bundle step500.tar.gz
+    minitrain replay step500.tar.gz
+    """
+    from minitrain.replay.bundle import write_bundle
+    from minitrain.replay.replayer import Replay
+
+    for option, path in ("--dump", dump), ("--bundle", bundle):
+        if path and not path.absolute().parent.is_dir():
+            raise RunError(f"{option} {path}: expected a file in a folder that exists, got no {path.parent}; make it")
+    listener = None if hook is None else load_hook(hook)
+    replay = Replay(run, threads=threads, allow_mismatch=allow_mismatch)
+    first, last = steps_of(replay, step, last)
+    live = replay.at(first)
+    if bundle:
+        write_bundle(bundle, replay.source, live.state, live.batch)
+    done = run_steps(replay, live, range(first, last + 1), sites, listener, keep=dump is not None)
+    if dump:
+        write_dump(dump, done, run)
+    if as_json:
+        click.echo(json.dumps(replay_json(replay, done, print_batch), allow_nan=False))
+    else:
+        if print_batch:
+            click.echo("\n".join(f"{s['step']}  {s['id']}  {s['text']}" for s in done.samples))
+        print_table(done.shown.sites)
+        click.echo(verdict_text(replay, done))
+        for path in filter(None, (bundle, dump)):
+            click.echo(f"-> {path}")
+    sys.exit(int(bool(done.differing)))
+
+
+@dataclass
+class Done:
+    """Steps that were run again. ``shown`` is the first that differs, else the last, and ``tensors`` its sites'."""
+
+    steps: range
+    shown: StepReport
+    tensors: dict[str, NDArray[Any]] = field(default_factory=dict)
+    differing: list[int] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def steps_of(replay: Replay, step: int | None, last: int | None) -> tuple[int, int]:
+    """The first and the last step to run. A bundle has but one."""
+    there = replay.source.steps
+    if step is None:
+        if not replay.source.path.is_file():
+            raise click.UsageError(f"expected --step N, one of the recorded steps 0..{len(there) - 1}")
+        step = there[0]
+    if last is not None and last < step:
+        raise click.UsageError(f"--to {last}: expected {step} or a later step, since the first is --step {step}")
+    if last is not None and step in there and last not in there:
+        raise RunError(f"--to {last}: expected one of the recorded steps {there[0]}..{there[-1]}, got {last}")
+    return step, step if last is None else last
+
+
+def load_hook(spec: str) -> Callable[[str, Any], object]:
+    """The function that MODULE:FUNCTION names; modules in the current folder count. Raises RunError."""
+    module_name, _, name = spec.partition(":")
+    if not (module_name and name):
+        raise RunError(f"--hook {spec}: expected MODULE:FUNCTION, as in entropy:show for show() in ./entropy.py")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = import_module(module_name)
+    except Exception as error:  # whatever the user's module does while it is imported
+        raise RunError(
+            f"--hook {spec}: expected a module {module_name} that can be imported, got {type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = "none" if function is None else repr(function)
+        raise RunError(f"--hook {spec}: expected a function {name}, got {found}{did_you_mean(name, vars(module))}")
+    loaded: Callable[[str, Any], object] = function
+    return loaded
+
+
+def run_steps(
+    replay: Replay, live: Live, steps: range, sites: str, listener: Callable[[str, Any], object] | None, keep: bool
+) -> Done:
+    """Run the steps; with ``keep`` copy the tensors of the one that is shown."""
+    copies: dict[str, NDArray[Any]] = {}
+    done: Done | None = None
+    with ExitStack() as heard:
+        if listener:
+            heard.enter_context(replay.hooks.listen(listener, sites))
+        if keep:
+            heard.enter_context(replay.hooks.listen(lambda site, x: copies.update({site: x.copy()}), sites))
+        for step in steps:
+            samples = [
+                {"step": step, "row": row, "id": id, "text": text}
+                for row, id, text in zip(live.batch.rows.tolist(), live.batch.ids, live.texts, strict=True)
+            ]
+            report = live.step(sites)
+            done = done or Done(steps, report)
+            if not done.differing:
+                done.shown, done.tensors = report, dict(copies)
+            done.differing += [] if report.verified else [step]
+            done.samples += samples
+    assert done is not None
+    return done
+
+
+def write_dump(path: Path, done: Done, run: Path) -> None:
+    """The tensors by the names of their sites, as safetensors."""
+    import numpy as np
+    from safetensors.numpy import save
+
+    from minitrain.files import write_atomic
+
+    about = json.dumps({"run": str(run), "step": done.shown.step}, sort_keys=True)
+    write_atomic(path, save({k: np.ascontiguousarray(x) for k, x in done.tensors.items()}, {"minitrain": about}))
+
+
+def verdict(replay: Replay, done: Done) -> str:
+    """``verified``, ``diverged``, or ``informational`` where the bits were not promised."""
+    return "informational" if replay.mismatches else "diverged" if done.differing else "verified"
+
+
+def replay_json(replay: Replay, done: Done, print_batch: bool) -> dict[str, Any]:
+    """The stable keys of ``replay --json``. ``sites`` are of ``sites_step``: the first that differs, else the last."""
+    divergence = done.shown.divergence
+    return {
+        "run": str(replay.source.path),
+        "step": done.steps[0],
+        **({"to": done.steps[-1]} if len(done.steps) > 1 else {}),
+        "verified": verdict(replay, done) == "verified",
+        "verdict": verdict(replay, done),
+        "differing_steps": done.differing,
+        "divergence": divergence and divergence._asdict(),
+        "mismatches": replay.mismatches,
+        "sites_step": done.shown.step,
+        "sites": [{k: _number(x) for k, x in row._asdict().items()} for row in done.shown.sites],
+        **({"batch": done.samples} if print_batch else {}),
+    }
+
+
+def _number(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(rows: list[SiteReport]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("site", "phase", "finite"):
+        table.add_column(name, no_wrap=True)
+    for name in ("min", "max", "mean |x|"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("record", no_wrap=True)
+    words = {True: "same", False: "[red]differs[/red]", None: "-"}
+    for row in rows:
+        figures = ("-" if math.isnan(x) else f"{x:.4g}" for x in (row.min, row.max, row.mean_abs))
+        table.add_row(row.site, row.phase, "yes" if row.finite else "NO", *figures, words[row.digest_match])
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+
+
+def verdict_text(replay: Replay, done: Done) -> str:
+    """The end of what a person reads."""
+    from minitrain.replay.evidence import tell
+    from minitrain.replay.fingerprint import changes
+
+    stats, first, last = done.shown.stats, done.steps[0], done.steps[-1]
+    which = f"step {first}" if first == last else f"steps {first} to {last}"
+    clipped = "" if stats.grad_norm == stats.grad_norm_clipped else f" -> {stats.grad_norm_clipped:.4g}"
+    lines = [f"\nstep {stats.step}: loss {stats.loss:.6g}  lr {stats.lr:.4g}  grad_norm {stats.grad_norm:.4g}{clipped}"]
+    if done.shown.divergence:
+        lines.append(tell(done.shown.divergence, changes(replay.source.manifest)))
+        if done.steps[0] < done.shown.step:
+            lines.append(f"  steps {first} to {done.shown.step - 1} are as recorded")
+        if not replay.source.path.is_file():
+            lines.append(f"  next: minitrain replay {replay.source.path} --step {done.shown.step} --bundle step.tar.gz")
+    else:
+        sites = "" if done.shown.recorded.sites is None else f", {len(done.shown.recorded.sites)} sites"
+        tensors = done.shown.recorded.digest_out.size
+        what = f"batch, random streams, loss, learning rate, norms{sites}, {tensors} tensors of the state"
+        lines.append(f"verified: {which} bit for bit as recorded ({what})")
+    if replay.mismatches:
+        told = "; ".join(replay.mismatches)
+        lines[1] = lines[1].replace("verified", "the same", 1)
+        lines.append(f"informational: the same bits are not promised here (recorded -> here): {told}")
+    return "\n".join(lines)
