@@ -62,6 +62,7 @@ class MiniGPT:
         self._key = np.array([seed, Purpose.DROPOUT, 0], np.uint32)
         self._passes: dict[tuple[int, int], Passes] = {}
         self._last: Passes | None = None
+        self._work: Passes | None = None
         self._trained = self._running = False
         with engine.Environment():
             initialise(self.params, self.config.n_layer, seed)
@@ -88,8 +89,8 @@ class MiniGPT:
         return float(self._last.loss[1]), int(self._last.loss[2])
 
     def activations(self) -> dict[str, Array]:
-        """The arrays of the last training pass by the names of their sites, gradients (``grad:``) among them."""
-        return {} if self._last is None else dict(self._last.arrays)
+        """The arrays of the last pass, or the one that is running, by name; gradients begin with ``grad:``."""
+        return {} if self._work is None else dict(self._work.arrays)
 
     def passes(self, B: int, T: int) -> Passes:
         """The memory and plans for this batch shape, made at first use. Raises DataError if T is over the context."""
@@ -124,7 +125,7 @@ class MiniGPT:
             self._check(name, array, dtype, input.shape)
         self._refuse_reentry()
         self._last, self._trained = None, False  # until this pass is through
-        work = self.passes(*input.shape)
+        work = self._work = self.passes(*input.shape)
         for name, array, mine in (("input", input, work.tokens), ("target", target, work.targets)):
             bad = engine.load_tokens(mine, array, self.config.vocab_size)
             if bad >= 0:

@@ -74,7 +74,7 @@ class Verifier(Listener):
         self._before_update = every[: -3 * len(names)]
         self._place = {site: number for number, site in enumerate(every)}
         self._heard: list[int] = []
-        self._handle = hooks.listen(self._hear) if hooks and config.record.sites == "digest" else None
+        self._handle = hooks.listen(self._hear) if hooks is not None and config.record.sites == "digest" else None
 
     def close(self) -> None:
         """Hear no more sites."""

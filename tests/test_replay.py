@@ -20,8 +20,8 @@ from minitrain.tensors import canonical_bits, sites
 
 
 def bump(tensor) -> None:
-    """One bit of one element: the next number."""
-    tensor.reshape(-1).view(np.uint32)[3] += 1
+    """One bit of one element, of which a rounding leaves something."""
+    tensor.reshape(-1).view(np.uint32)[3] ^= 1 << 20
 
 
 @pytest.fixture(scope="module")

@@ -160,8 +160,9 @@ def shard_paths(folder: Path, spec: ArraySpec, shard: int) -> tuple[Path, Path]:
 
 
 def shards(folder: Path, spec: ArraySpec) -> list[tuple[int, Path]]:
-    """The chunks or shards that stand there, with their numbers."""
-    found = [(p.name.removeprefix(".").split("."), p) for p in (folder / spec.name).iterdir()]
+    """The chunks or shards that stand there, with their numbers; not what a kill left half written."""
+    there = [p for p in (folder / spec.name).iterdir() if p.suffix != ".partial"]
+    found = [(p.name.removeprefix(".").split("."), p) for p in there]
     return sorted((int(name[1]), path) for name, path in found if name[0] == "c" and name[1].isdigit())
 
 

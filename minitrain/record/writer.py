@@ -65,7 +65,9 @@ class RecordWriter:
         return journal
 
     def _drop_later(self, start: int) -> None:
-        """Keyframes and incidents of steps that will be done again."""
+        """Keyframes and incidents of steps that will be done again, and what a kill left half written."""
+        for path in self._folder.record.rglob(".*.partial"):
+            path.unlink()
         for spec in self._layout.of("keyframes") if start else ():
             for number, path in shards(self._folder.record, spec):
                 if number >= len(self._layout.keyframes) or self._layout.keyframes[number] > start:
