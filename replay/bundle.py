@@ -164,8 +164,8 @@ def open_bundle(path: Path) -> Bundle:
     wanted: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(_ARRAYS[:2], (each, np.int32))
     wanted |= dict.fromkeys(_ARRAYS[2:4], (each, np.bool_)) | {"rows": ((B,), np.int64)}
     require_arrays(arrays, wanted, f"{path}, batch.safetensors")
-    told = [(s.get("id"), s.get("text")) for s in samples if isinstance(s, dict)]
-    if len(told) != B or not all(isinstance(word, str) for pair in told for word in pair):
+    told = [(str(s.get("id")), str(s.get("text"))) for s in samples if isinstance(s, dict)]
+    if len(told) != B or not all(isinstance(s.get(key), str) for s in samples for key in ("id", "text")):
         raise refuse(f"samples.json as {B} samples with id and text", "something else")
     state = read_state(
         read_arrays(content["state.safetensors"], f"{path}, state.safetensors"), config, 0, f"{path}, state.safetensors"

@@ -29,7 +29,7 @@ class Divergence(NamedTuple):
     site: str
     tensor: str | None
     """The parameter that the site is about, if it is about one."""
-    index: tuple[int, ...] | None
+    index: tuple[int, ...] | None  # type: ignore[assignment]  # hides tuple's method
     recorded: str
     replayed: str
     ulps: int | None

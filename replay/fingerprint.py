@@ -38,7 +38,7 @@ def changes(manifest: Mapping[str, Any]) -> list[str]:
     """What else is different here; no bit should depend on it, which is why it is told where one does."""
     recorded, now = manifest.get("versions") or {}, versions()
     names = {"minitrain": "minitrain", "python": "Python", "numpy": "NumPy"}
-    pairs = [(name, recorded.get(key), now[key]) for key, name in names.items()]
+    pairs: list[tuple[str, object, object]] = [(name, recorded.get(key), now[key]) for key, name in names.items()]
     machine = manifest.get("hardware") or {}
     pairs.append(("processor", machine.get("cpu"), hardware()["cpu"]))
     pairs.append(("instruction set", machine.get("instruction_set"), instruction_set()))
