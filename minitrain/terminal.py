@@ -67,7 +67,7 @@ def steps_bar(visible: bool, total: int, name: str) -> Iterator[Callable[[int], 
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(compact=True))
-    with Bar(*columns, console=Console(stderr=True), refresh_per_second=8, transient=True) as bar:
+    with Bar(*columns, console=Console(stderr=True), refresh_per_second=8) as bar:
         task = bar.add_task(name, total=total)
         yield lambda done: bar.advance(task, done)
 

@@ -46,8 +46,8 @@ MEMBERS = (
     "samples.json",
     "tokenizer.json",
 )
-ROOM, RATIO = 64 << 20, 100
-"""What a bundle may grow to: ROOM bytes and RATIO times its size. Even moments that are all zeros stay below."""
+ROOM, RATIO = 64 << 20, 20
+"""What a bundle may grow to: ROOM bytes and RATIO times its size. With moments that are all zeros it is below 4."""
 _ARRAYS = ("inputs", "targets", "attn_pad_mask", "loss_mask", "rows")
 
 
@@ -205,11 +205,13 @@ def _members(path: Path) -> dict[str, bytes]:
     limit = ROOM + RATIO * path.stat().st_size
     try:
         with gzip.open(path) as packed:
-            data = packed.read(limit + 1)
+            data = bytearray()
+            while piece := packed.read(1 << 20):
+                data += piece
+                if len(data) > limit:
+                    raise refuse(f"one that unpacks to more than {limit} bytes")
     except (OSError, EOFError, zlib.error) as error:
         raise refuse(f"no gzip file ({error})") from error
-    if len(data) > limit:
-        raise refuse(f"one that unpacks to more than {limit} bytes")
     found: dict[str, bytes] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
@@ -243,7 +245,11 @@ def _unpack(path: Path, data: bytes, config: Config, tensors: int) -> Frame:
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise refuse(f"{type(error).__name__}: {error}") from error
     heard = len(sites(config.model)) - len(KINDS) * tensors
-    shapes = {"rows": ("<i8", (-1,)), "rng": ("<u8", (2, 4)), "sites": ("<u8", (heard,))}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "rows": ("<i8", (-1,)),
+        "rng": ("<u8", (2, 4)),
+        "sites": ("<u8", (heard,)),
+    }
     shapes |= dict.fromkeys(("digest_in", "digest_out"), ("<u8", (len(KINDS), tensors)))
     counts, chain = ("step", "batch_digest", "tokens"), 16
     if not isinstance(body, dict) or set(body) != set(Frame._fields):

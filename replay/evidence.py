@@ -14,6 +14,8 @@ from minitrain.replay.verifier import Difference, parameter_of
 from minitrain.state import State
 from minitrain.tensors import canonical_bits
 
+NUMBERS = ("batch.rows", "rng.training_control", "rng.data", "tokens")
+"""Sites that stand for whole numbers."""
 SCALARS = ("loss", "grad_norm", "grad_norm_clipped", "lr")
 
 
@@ -98,7 +100,8 @@ def tell(found: Divergence, changes: Iterable[str]) -> str:
         line += f": {found.ulps} ulp" if found.ulps is not None else ""
         line += f"; {found.differing} of {found.elements} elements differ" if found.elements is not None else ""
     else:
-        line = f"recorded {found.recorded}, replayed {found.replayed} (digests)"
+        what = " (digests)" if found.site not in NUMBERS else ""
+        line = f"recorded {found.recorded}, replayed {found.replayed}{what}"
     lines.append(f"  {line}")
     if different := "; ".join(changes):
         lines.append(f"  environments differ: {different}")

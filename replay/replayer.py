@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import fnmatch
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minitrain import tensors
 from minitrain.data.batches import Batch
 from minitrain.errors import RunError
 from minitrain.hooks import Hooks
@@ -24,7 +24,6 @@ from minitrain.replay.machine import Machine
 from minitrain.replay.source import RecordedRun, Source, require_match
 from minitrain.replay.verifier import Difference, phase_of
 from minitrain.state import State
-from minitrain.tensors import sites
 
 
 class SiteReport(NamedTuple):
@@ -135,26 +134,21 @@ class Live:
         """(2, 4): seed, purpose and place of both random streams before the coming step draws from them."""
         return rng_words(self._machine.config, self._source.batches, self.state.step)
 
-    def step(self, sites_glob: str = "*") -> StepReport:
-        """Run the step with the loop that trained, and go on to the next. The report has the sites of the glob.
+    def step(self, sites: str = "*") -> StepReport:
+        """Run the step with the loop that trained, and go on to the next. The report has the ``sites`` of this glob.
 
         Raises RunError behind the last recorded step, and HookError.
         """
-        with self._machine.hooks.probe(sites_glob) as probe:
+        with self._machine.hooks.probe(sites) as probe:
             stats, differences = self._machine.step()
         measured, verifier = probe.stats, self._machine.verifier
         rows = []
-        for site in matching(self._machine, sites_glob):
+        for site in fnmatch.filter(tensors.sites(self._machine.config.model), sites):
             s = measured[site]
             match = verifier.match(site)
             rows.append(SiteReport(site, phase_of(site), s.finite, s.min, s.max, s.mean_abs, match))
         first = locate(self._source, differences[0], self.state) if differences else None
         return StepReport(stats, verifier.frame, rows, list(differences), first)
-
-
-def matching(machine: Machine, glob: str) -> Iterable[str]:
-    """The sites of a step that match, in order."""
-    return [site for site in sites(machine.config.model) if fnmatchcase(site, glob)]
 
 
 def _source(run: Run | Path | str) -> Source:

@@ -62,24 +62,18 @@ class Verifier(Listener):
     frame: Frame
     """What was recorded of the last step."""
 
-    def __init__(
-        self, frame_of: Callable[[int], Frame], config: Config, batches: Positions, hooks: Hooks | None = None
-    ) -> None:
-        """``frame_of(t)`` is what was recorded of step t. With ``hooks`` the sites are compared too."""
+    def __init__(self, frame_of: Callable[[int], Frame], config: Config, batches: Positions, hooks: Hooks) -> None:
+        """``frame_of(t)`` is what was recorded of step t. At ``hooks`` sites are heard, where recorded."""
         self.differences: list[Difference] = []
-        self._frame_of, self._config, self._batches, self._hooks = frame_of, config, batches, hooks
+        self._frame_of, self._config, self._batches = frame_of, config, batches
         names = [p.name for p in parameter_table(config.model)]
         self._tensors = [[f"{kind}.{name}" for name in names] for kind in KINDS]
         every = sites(config.model)
         self._before_update = every[: -3 * len(names)]
         self._place = {site: number for number, site in enumerate(every)}
         self._heard: list[int] = []
-        self._handle = hooks.listen(self._hear) if hooks is not None and config.record.sites == "digest" else None
-
-    def close(self) -> None:
-        """Hear no more sites."""
-        if self._handle:
-            self._handle.remove()
+        if config.record.sites == "digest":
+            hooks.listen(self._hear)
 
     def _hear(self, site: str, tensor: NDArray[Any]) -> None:
         if len(self._heard) < len(self._before_update):

@@ -16,8 +16,13 @@ from minitrain.replay.segments import work_of
 
 
 def bump(tensor) -> None:
-    """One bit of one element, of which a rounding leaves something."""
-    tensor.reshape(-1).view(np.uint32)[3] ^= 1 << 20
+    """One bit of one element: the next number."""
+    tensor.reshape(-1).view(np.uint32)[3] += 1
+
+
+def hit(tensor) -> None:
+    """One element, by so much that no rounding hides it."""
+    tensor.reshape(-1)[3] *= 1.5
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def test_a_healthy_run_is_accused_of_nothing(tmp_path, record_run, seed):
 @pytest.mark.parametrize("moments", ["every_step", "keyframes"])
 def test_a_faulty_step_is_named_and_those_behind_it_are_not(tmp_path, record_run, fault, moments):
     """One entry for the step, with the first tensor that differs; up to the next keyframe nothing is said."""
-    broken = fault(10, lambda parts: bump(parts.model.grads["ln_f.bias"]), "clip")
+    broken = fault(10, lambda parts: hit(parts.model.grads["ln_f.bias"]), "clip")
     run = record_run(tmp_path / "run", f"record.moments={moments}", watchers=[broken])
     found = verify(open_run(run), workers=2)
     assert [(f.step, f.kind, f.tensor) for f in found.faults] == [(10, "m", "ln_f.bias")]
@@ -64,7 +69,7 @@ def test_memory_that_changed_is_one_fault_and_hides_nothing(tmp_path, record_run
     assert (found.steps_checked, found.unverified) == (30, [])
     open_run(run).folder.incident(step).unlink()
     again = verify(open_run(run))
-    assert again.unverified == list(range(step, 16))
+    assert again.unverified == [*range(step, 16)]
     assert not again.verified
 
 
@@ -117,7 +122,7 @@ def test_a_lost_keyframe_is_named_and_its_segment_checked_from_the_one_before(tm
 
 def test_a_fault_before_a_lost_keyframe_leaves_its_segment_unverified(tmp_path, record_run, fault):
     """Then no way leads to the segment, and it is not accused."""
-    broken = fault(10, lambda parts: bump(parts.model.grads["ln_f.bias"]), "clip")
+    broken = fault(10, lambda parts: hit(parts.model.grads["ln_f.bias"]), "clip")
     run = record_run(tmp_path / "run", "record.moments=keyframes", watchers=[broken])
     (run / "record.zarr/keyframe_param/c.2.0").unlink()
     found = verify(open_run(run))

@@ -96,7 +96,7 @@ class Done:
     """Steps that were run again. ``shown`` is the first that differs, else the last, and ``tensors`` its sites'."""
 
     steps: range
-    shown: StepReport
+    shown: StepReport = field(init=False)
     tensors: dict[str, NDArray[Any]] = field(default_factory=dict)
     differing: list[int] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -131,8 +131,8 @@ def load_hook(spec: str) -> Callable[[str, Any], object]:
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        found = "none" if function is None else repr(function)
-        raise RunError(f"--hook {spec}: expected a function {name}, got {found}{did_you_mean(name, vars(module))}")
+        found = f"none{did_you_mean(name, vars(module))}" if function is None else repr(function)
+        raise RunError(f"--hook {spec}: expected a function {name}, got {found}")
     loaded: Callable[[str, Any], object] = function
     return loaded
 
@@ -142,7 +142,7 @@ def run_steps(
 ) -> Done:
     """Run the steps; with ``keep`` copy the tensors of the one that is shown."""
     copies: dict[str, NDArray[Any]] = {}
-    done: Done | None = None
+    done = Done(steps)
     with ExitStack() as heard:
         if listener:
             heard.enter_context(replay.hooks.listen(listener, sites))
@@ -154,12 +154,10 @@ def run_steps(
                 for row, id, text in zip(live.batch.rows.tolist(), live.batch.ids, live.texts, strict=True)
             ]
             report = live.step(sites)
-            done = done or Done(steps, report)
             if not done.differing:
                 done.shown, done.tensors = report, dict(copies)
             done.differing += [] if report.verified else [step]
             done.samples += samples
-    assert done is not None
     return done
 
 
