@@ -1,4 +1,4 @@
-# make run    set up, then train on the built-in corpus
+# make run    set up, then train on the built-in corpus and replay a step of that run
 # make test   set up, then lint, types and tests
 PYTHON ?= python3
 VENV := .venv
@@ -9,8 +9,10 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .PHONY: run test test-long lint types bench clean
 
+RUN := runs/$(shell date +%Y-%m-%d-%H%M%S)
 run: .stamps/installed
-	$(BIN)/minitrain train
+	$(BIN)/minitrain train --out-dir $(RUN)
+	$(BIN)/minitrain replay $(RUN) --step 500
 
 test: lint types
 	$(PYTEST) -m "not long"

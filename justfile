@@ -1,7 +1,7 @@
 # The make targets under the names of just (https://just.systems), and a recipe for each experiment.
 # Nothing needs just: `make` is what CI runs.
 
-# Set up, then train on the built-in corpus
+# Set up, then train on the built-in corpus and replay a step of that run
 run:
     make run
 
