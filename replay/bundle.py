@@ -164,8 +164,9 @@ def open_bundle(path: Path) -> Bundle:
     wanted: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(_ARRAYS[:2], (each, np.int32))
     wanted |= dict.fromkeys(_ARRAYS[2:4], (each, np.bool_)) | {"rows": ((B,), np.int64)}
     require_arrays(arrays, wanted, f"{path}, batch.safetensors")
-    told = [(str(s.get("id")), str(s.get("text"))) for s in samples if isinstance(s, dict)]
-    if len(told) != B or not all(isinstance(s.get(key), str) for s in samples for key in ("id", "text")):
+    whole = [s for s in samples if isinstance(s, dict) and all(isinstance(s.get(key), str) for key in ("id", "text"))]
+    told: list[tuple[str, str]] = [(s["id"], s["text"]) for s in whole]
+    if not len(told) == len(samples) == B:
         raise refuse(f"samples.json as {B} samples with id and text", "something else")
     state = read_state(
         read_arrays(content["state.safetensors"], f"{path}, state.safetensors"), config, 0, f"{path}, state.safetensors"

@@ -203,6 +203,7 @@ def reframed(**fields: object) -> Callable[[Content], Content]:
         (lambda c: c | {"manifest.json": b"[]"}, "expected manifest.json as a JSON dict, got list"),
         (lambda c: c | {"samples.json": b"[]"}, "expected samples.json as 3 samples with id and text"),
         (lambda c: c | {"samples.json": b'[1, {"id": "a"}, {"id": 1, "text": "b"}]'}, "as 3 samples"),
+        (lambda c: c | {"samples.json": json.dumps([1] + 3 * [{"id": "a", "text": "b"}]).encode()}, "as 3 samples"),
         (edited("manifest.json", lambda m: m.update(schema_version=9)), "expected schema_version 1, got 9"),
         (edited("manifest.json", lambda m: m.update(samples={"train": 0})), "expected the manifest of a run"),
         (edited("manifest.json", lambda m: m.update(samples=[])), "expected the manifest of a run"),
