@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import minitrain
@@ -331,6 +331,8 @@ def test_other_data(copy, tmp_path, monkeypatch):
 
 
 @settings(max_examples=8, deadline=None)
+@example(stop=63, kind="every_step", sites=False)
+@example(stop=128, kind="every_step", sites=False)
 @given(stop=st.integers(1, STEPS - 1), kind=st.sampled_from(["every_step", "keyframes"]), sites=st.booleans())
 def test_resumed_equals_uninterrupted(place, stop, kind, sites):
     """Stopped anywhere and resumed, the record is byte for byte that of a run in one go."""

@@ -184,6 +184,12 @@ def read_row(folder: Path, spec: ArraySpec, row: int) -> Array:
     return _checked(data, spec.row_bytes, f"{path}, row {row}").view(spec.dtype).reshape(spec.shape)
 
 
+def rows_in(shard: Path, spec: ArraySpec) -> int:
+    """How many rows a finished shard has by its length; 0 where there is none."""
+    size = shard.stat().st_size if shard.exists() else 0
+    return max(0, size - SHARD * 16 - _CRC.size) // (spec.row_bytes + _CRC.size)
+
+
 def check_index(folder: Path, spec: ArraySpec, shard: int, rows: int) -> None:
     """Raises RunError unless the index of a finished shard says where its ``rows`` rows stand."""
     path = shard_paths(folder, spec, shard)[0]

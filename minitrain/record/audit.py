@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minitrain.errors import RunError
-from minitrain.record.arrays import blocks, check_index, read_chunk, read_row, shard_paths, shards
+from minitrain.record.arrays import blocks, check_index, read_chunk, read_row, rows_in, shard_paths, shards
 from minitrain.record.digests import KINDS
 from minitrain.record.layout import SHARD
 from minitrain.record.recorded import Run
@@ -94,6 +94,8 @@ def _shard(run: Run, name: str, number: int, rows: int) -> Iterator[Damage]:
             yield Damage(step, name, str(error))
     closed, opened = shard_paths(run.folder.record, spec, number)
     if closed.exists() or run.ended != "unfinished" or (number + 1) * SHARD < run.steps:
+        if run.ended == "unfinished" and rows == SHARD - 1 and rows_in(closed, spec) == SHARD:
+            rows = SHARD  # killed between the row that filled the shard and its frame
         try:
             check_index(run.folder.record, spec, number, rows)
         except RunError as error:
