@@ -79,9 +79,11 @@ def run(
         write_atomic(folder.tokenizer, data.tokenizer.to_json())
         if not resume:
             write_json(folder.manifest, manifest(config, data, parts.model, command_line, experiment))
-        elif folder.checkpoint.exists():
-            state = parts.state()
-            parts.go_to(load_checkpoint(folder.checkpoint, state.params, state.m, state.v)["step"])
+        else:
+            write_json(folder.manifest, without_outcome(folder.read_manifest()))  # it has not ended after all
+            if folder.checkpoint.exists():
+                state = parts.state()
+                parts.go_to(load_checkpoint(folder.checkpoint, state.params, state.m, state.v)["step"])
         with recording(folder, config, parts) as recorder, closing(Keeper(folder, config, parts, recorder)) as keeper:
             metrics = train(
                 parts.model,
@@ -121,6 +123,11 @@ def require_unfinished(folder: RunFolder, config: Config) -> None:
         raise RunError(
             f"--resume {folder.path}: expected an unfinished run, got a complete one; start a new one with --out-dir"
         )
+
+
+def without_outcome(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a run that is at work."""
+    return {key: value for key, value in manifest.items() if key != "outcome"}
 
 
 def recording(folder: RunFolder, config: Config, parts: Parts) -> AbstractContextManager[Recorder | None]:

@@ -555,6 +555,13 @@ def test_not_finite(place, mode):
     assert all(np.array_equal(kept[f"param.{name}"], t, equal_nan=True) for name, t in state.params.items())
     assert any(not np.isfinite(t).all() for name, t in kept.items() if name.startswith("grad"))
     assert "block.0.attn.probs" in kept
+    if mode == "stop":  # resumed and stopped before it fails again, it is a run like any other
+        halt = Watch(1)
+        trainer.run(conf, run.path, resume=True, listeners=[halt], stop=halt)
+        assert minitrain.open_run(run.path).ended == "unfinished"
+        assert damages(run.path) == []
+        trainer.run(conf, run.path, resume=True)
+        run = minitrain.open_run(run.path)
     last = run.state(run.steps)
     assert np.isnan(last.params.flat).any() or np.isnan(last.m.flat).any() or np.isinf(last.v.flat).any()
     assert damages(run.path) == []

@@ -35,9 +35,13 @@ QUEUE_BYTES = 64 << 20
 
 
 def require_room(folder: RunFolder, layout: Layout) -> int:
-    """The free bytes of the disk. Raises RunError if it cannot hold the record."""
+    """The bytes that the disk has for the record, those it takes already among them.
+
+    Raises RunError if they are too few.
+    """
     place = next(p for p in (folder.path, *folder.path.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
+    there = sum(path.stat().st_size for path in folder.record.rglob("*"))
+    free = shutil.disk_usage(place).free + there
     if layout.disk_bytes > free:
         raise RunError(
             f"record: expected {layout.disk_bytes / 1e9:,.2f} GB of free disk at {place} for {layout.steps} steps, got "
