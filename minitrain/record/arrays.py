@@ -4,7 +4,7 @@ zarr-python writes the metadata. The numbers we write ourselves: zarr-python can
 millisecond for each array and step would be a third of the step. There are four ways for an array to stand on disk:
 
 * ``rows``: shards of SHARD steps, an inner chunk with its crc32c for each, appended to a hidden file until full;
-* ``blocks``: chunks of SHARD steps, written when they are full;
+* ``blocks``: chunks of BLOCK steps, written when they are full;
 * ``keyframes``: a chunk for each keyframe;
 * ``once``: one chunk, written with the metadata.
 """
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from minitrain.errors import RunError
 from minitrain.files import write_atomic
-from minitrain.record.layout import FILL, SHARD, ArraySpec, Layout
+from minitrain.record.layout import BLOCK, FILL, SHARD, ArraySpec, Layout
 
 _CRC = struct.Struct("<I")
 _MISSING = (1 << 64) - 1
@@ -201,7 +201,7 @@ def check_index(folder: Path, spec: ArraySpec, shard: int, rows: int) -> None:
 
 
 class BlockWriter:
-    """Collects rows of the ``blocks`` arrays and writes a chunk of each when SHARD are there."""
+    """Collects rows of the ``blocks`` arrays and writes a chunk of each when BLOCK are there."""
 
     def __init__(self, folder: Path, specs: Sequence[ArraySpec], block: int) -> None:
         """Go on at the front of this block; it and later ones are dropped."""
@@ -215,7 +215,7 @@ class BlockWriter:
     def append(self, row: Mapping[str, Any]) -> None:
         """``row`` has a value for each array. Raises OSError."""
         self._rows.append(row)
-        if len(self._rows) == SHARD:
+        if len(self._rows) == BLOCK:
             self.flush()
             self._rows.clear()
             self._block += 1
@@ -223,13 +223,12 @@ class BlockWriter:
     def flush(self) -> None:
         """Write what there is; the rest of the chunk is filled up. Raises OSError."""
         for spec in self._specs if self._rows else ():
-            values = np.full((SHARD, *spec.shape), FILL[np.dtype(spec.dtype).kind], spec.dtype)
-            for i, row in enumerate(self._rows):
-                values[i] = row[spec.name]
+            values = np.full((BLOCK, *spec.shape), FILL[np.dtype(spec.dtype).kind], spec.dtype)
+            values[: len(self._rows)] = [row[spec.name] for row in self._rows]
             write_chunk(self._folder, spec, self._block, values)
 
 
-def blocks(steps: int) -> Iterator[tuple[int, int]]:
-    """Number and length of each block of ``steps`` steps."""
-    for block in range(-(-steps // SHARD)):
-        yield block, min(SHARD, steps - block * SHARD)
+def blocks(steps: int, size: int) -> Iterator[tuple[int, int]]:
+    """Number and length of each block of at most ``size`` among ``steps`` steps."""
+    for block in range(-(-steps // size)):
+        yield block, min(size, steps - block * size)

@@ -10,7 +10,7 @@ import numpy as np
 from minitrain.errors import RunError
 from minitrain.record.arrays import blocks, check_index, read_chunk, read_row, rows_in, shard_paths, shards
 from minitrain.record.digests import KINDS
-from minitrain.record.layout import SHARD
+from minitrain.record.layout import BLOCK, SHARD
 from minitrain.record.recorded import Run
 from minitrain.record.writer import block_row
 
@@ -33,8 +33,9 @@ def audit(run: Run) -> Iterator[Damage | int]:
         except RunError as error:
             yield Damage(t, "keyframe", str(error))
     yield from _missing_keyframes(run)
-    for number, rows in blocks(run.steps):
+    for number, rows in blocks(run.steps, BLOCK):
         yield from _block(run, number, rows)
+    for number, rows in blocks(run.steps, SHARD):
         for spec in run.layout.of("rows"):
             yield from _shard(run, spec.name, number, rows)
         yield number * SHARD + rows
@@ -60,18 +61,18 @@ def _missing_keyframes(run: Run) -> Iterator[Damage]:
 
 def _block(run: Run, number: int, rows: int) -> Iterator[Damage]:
     """The arrays in blocks say what the journal says. The last block of a run at work may not be there yet."""
-    last = (number + 1) * SHARD >= run.steps
+    last = (number + 1) * BLOCK >= run.steps
     for spec in run.layout.of("blocks"):
         there = any(n == number for n, _ in shards(run.folder.record, spec))
         if last and not there and run.ended == "unfinished":
             continue
         try:
-            found = read_chunk(run.folder.record, spec, number, SHARD)[:rows]
+            found = read_chunk(run.folder.record, spec, number, BLOCK)[:rows]
         except RunError as error:
-            yield Damage(number * SHARD, spec.name, str(error))
+            yield Damage(number * BLOCK, spec.name, str(error))
             continue
         for i, row in enumerate(found):
-            step = number * SHARD + i
+            step = number * BLOCK + i
             expected = np.asarray(block_row(run.journal, step)[spec.name], spec.dtype)
             if row.tobytes() != expected.tobytes():
                 yield Damage(

@@ -16,7 +16,9 @@ from minitrain.record.digests import KINDS, STREAMS
 from minitrain.tensors import parameter_table, sites
 
 SHARD = 64
-"""Steps in a shard and in a block."""
+"""Steps in a shard of m or v."""
+BLOCK = 512
+"""Steps in a chunk of any other array of steps: seventeen small files are not to be written too often."""
 FORMAT = "minitrain-record"
 FORMAT_VERSION = 1
 FILL: dict[str, Any] = {"f": math.nan, "i": -1, "u": 0}
@@ -109,9 +111,10 @@ class Layout:
     @property
     def disk_bytes(self) -> int:
         """About how many bytes the whole record takes, with the journal."""
-        rows = sum(s.row_bytes for s in self.of("blocks")) + sum(s.row_bytes + 20 for s in self.of("rows"))
+        rows = sum(s.row_bytes + 20 for s in self.of("rows"))
         frame = 250 + 8 * (self.B + 8 + 3 * self.N + self.S)
-        return self.steps * (rows + frame) + len(self.keyframes) * 12 * self.P
+        blocks = -(-self.steps // BLOCK) * BLOCK * sum(s.row_bytes for s in self.of("blocks"))
+        return self.steps * (rows + frame) + blocks + len(self.keyframes) * 12 * self.P
 
     def metadata(self) -> dict[str, bytes]:
         """Every ``zarr.json`` by its path in the group."""
@@ -124,7 +127,7 @@ class Layout:
         group = create_group(store=store, zarr_format=3, attributes={**about, **self.attributes})
         for s in self.arrays.values():
             length = len(self.keyframes) if s.dims[0] == "keyframe" else self.steps
-            chunk = {"rows": 1, "keyframes": 1, "blocks": SHARD, "once": length}[s.form]
+            chunk = {"rows": 1, "keyframes": 1, "blocks": BLOCK, "once": length}[s.form]
             group.create_array(
                 s.name,
                 shape=(length, *s.shape),

@@ -19,7 +19,7 @@ from minitrain.errors import RunError
 from minitrain.files import write_atomic
 from minitrain.record.arrays import BlockWriter, RowWriter, create, shards, write_chunk
 from minitrain.record.journal import Journal, JournalWriter, read_journal
-from minitrain.record.layout import SHARD, Layout
+from minitrain.record.layout import BLOCK, Layout
 from minitrain.run_folder import RunFolder
 
 Flats = tuple[NDArray[np.float32], ...]
@@ -41,10 +41,10 @@ class RecordWriter:
             shutil.rmtree(folder.record)
         self._drop_later(start)
         create(folder.record, layout)
-        self._blocks = BlockWriter(folder.record, layout.of("blocks"), start // SHARD)
+        self._blocks = BlockWriter(folder.record, layout.of("blocks"), start // BLOCK)
         self._rows = [RowWriter(folder.record, spec, start) for spec in layout.of("rows")]
         if start:
-            for step in range(start // SHARD * SHARD, start):
+            for step in range(start // BLOCK * BLOCK, start):
                 self._blocks.append(block_row(journal, step))
             end, chain = journal.end_of(start)
             self._journal = JournalWriter(folder.journal, keep=end, chain=chain)
