@@ -405,8 +405,11 @@ def kill_and_resume(place: Path, count: int, seed: int) -> None:
             assert contents(place / "cut") == expected, f"kill {number}"
 
 
-def test_killed_at_random_instants(place):
-    """kill -9: the reader opens what is there, all of it verifies, and resuming completes it to the same bytes."""
+def test_killed_at_random_instants(place, repository):
+    """kill -9: the reader opens what is there, all of it verifies, and resuming completes it to the same bytes.
+
+    Once in the sources is enough: an installed wheel is the same code.
+    """
     kill_and_resume(place, 10, seed=int.from_bytes(os.urandom(4)))
 
 
