@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the oracles' products are tiny, and 
 
 import numpy as np
 import pytest
+import recording
 
 from minitrain import trainer
 from minitrain._ext import engine
@@ -329,6 +331,31 @@ def record_run(book: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working folder with the corpus; no pictures are drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("record")
+        patch.chdir(folder)
+        patch.setattr(trainer.report, "write_curve", lambda *_: None)
+        patch.setattr(trainer.report, "write_page", lambda *_: None)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> tuple[Path, recording.Watch]:
+    """A run of recording.SMALL, never touched, and what was seen while it ran."""
+    watch = recording.Watch()
+    trainer.run(recording.config(), place / "whole", listeners=[watch])
+    return place / "whole", watch
+
+
+@pytest.fixture
+def copy(whole: tuple[Path, recording.Watch], tmp_path: Path) -> Path:
+    """A copy of that run, to be damaged."""
+    return Path(shutil.copytree(whole[0], tmp_path / "copy"))
 
 
 class Fault(Listener):

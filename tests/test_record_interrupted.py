@@ -1,0 +1,269 @@
+"""Killed, resumed, out of disk, out of numbers: what a record is then."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from recording import SMALL, STEPS, Watch, config, contents, damages
+
+import minitrain
+from minitrain import trainer
+from minitrain.errors import RunError
+from minitrain.loop import Listener, StepStats
+from minitrain.record import recorder
+from minitrain.record.journal import JournalWriter, read_journal
+from minitrain.record.layout import layout_of
+from minitrain.state import State
+from minitrain.tensors import digest
+
+
+@settings(max_examples=8, deadline=None)
+@example(stop=63, kind="every_step", sites=False)
+@example(stop=128, kind="every_step", sites=False)
+@given(stop=st.integers(1, STEPS - 1), kind=st.sampled_from(["every_step", "keyframes"]), sites=st.booleans())
+def test_resumed_equals_uninterrupted(place, stop, kind, sites):
+    """Stopped anywhere and resumed, the record is byte for byte that of a run in one go."""
+    name = f"{kind}-{sites}"
+    conf = config(f"record.moments={kind}", f"record.sites={'digest' if sites else 'none'}")
+    if not (place / name).exists():
+        trainer.run(conf, place / name)
+    shutil.rmtree(place / "half", ignore_errors=True)
+    halt = Watch(stop)
+    trainer.run(conf, place / "half", listeners=[halt], stop=halt)
+    half = minitrain.open_run(place / "half")
+    assert (half.steps, half.ended) == (stop, "unfinished")
+    assert damages(place / "half") == []
+    trainer.run(conf, place / "half", resume=True)
+    assert contents(place / "half") == contents(place / name)
+
+
+SCRIPT = """
+import sys
+from minitrain import report
+from minitrain.cli import main
+report.write_curve = lambda *_: None  # the picture would take longer than the training
+main(sys.argv[1:])
+"""
+
+
+def spawn(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, "train", "--json", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def begun(run: Path) -> bool:
+    """Whether the journal has its first frame; one without is refused for that reason."""
+    try:
+        read_journal(run / "journal.msgpack")
+    except RunError as error:
+        return not any(text in str(error) for text in ("killed before step 0", "no such file"))
+    return True
+
+
+def kill_and_resume(place: Path, count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sets = [word for text in (*SMALL, "scheduler.total_steps=600") for word in ("--set", text)]
+    process = spawn(*sets, "--out-dir", "uncut")
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    expected, seconds = contents(place / "uncut"), 0.0
+    for number in range(count):
+        shutil.rmtree(place / "cut", ignore_errors=True)
+        process, killed = spawn(*sets, "--out-dir", "cut"), False
+        started = time.monotonic()
+        while not (place / "cut" / "journal.msgpack").exists() and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.random() * (seconds or 0.5))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed = True
+        process.communicate()
+        if killed and (place / "cut" / "manifest.json").exists() and not (place / "cut" / "COMPLETE").exists():
+            if begun(place / "cut"):
+                run = minitrain.open_run(place / "cut")
+                assert damages(place / "cut") == []
+                if run.steps:
+                    run.state(run.steps)
+            process = spawn(*sets, "--out-dir", "cut", "--resume")
+            _, error = process.communicate()
+            assert process.returncode == 0, error
+        seconds = max(seconds, (time.monotonic() - started) / 2)
+        if (place / "cut" / "manifest.json").exists():  # else it was killed before there was a run
+            assert contents(place / "cut") == expected, f"kill {number}"
+
+
+def test_killed_at_random_instants(place, repository):
+    """kill -9: the reader opens what is there, all of it verifies, and resuming completes it to the same bytes.
+
+    Once in the sources is enough: an installed wheel is the same code.
+    """
+    kill_and_resume(place, 10, seed=int.from_bytes(os.urandom(4)))
+
+
+@pytest.mark.long
+def test_killed_at_many_random_instants(place):
+    """The same, two hundred times."""
+    kill_and_resume(place, 200, seed=3)
+
+
+def test_resume_needs_the_record(place, whole):
+    """A journal that is too short for the checkpoint, or other settings of the record, are refused with what to do."""
+    halt = Watch(100)
+    trainer.run(config(), place / "short", listeners=[halt], stop=halt)
+    with pytest.raises(RunError, match=r"expected the settings of record that the run began with"):
+        trainer.run(config("record.moments=keyframes"), place / "short", resume=True)
+    journal = read_journal(place / "short" / "journal.msgpack")
+    os.truncate(place / "short" / "journal.msgpack", journal.end_of(20)[0])
+    with pytest.raises(RunError, match=r"expected every step before 100, where the checkpoint stands, got only 20"):
+        trainer.run(config(), place / "short", resume=True)
+    (place / "short" / "checkpoint.safetensors").unlink()
+    (place / "short" / "train_log.jsonl").unlink()
+    trainer.run(config(), place / "short", resume=True)
+    assert contents(place / "short") == contents(whole[0])
+
+
+def test_a_step_that_comes_out_otherwise(place, monkeypatch):
+    """Steps that are done again after a kill are held against what was recorded of them before."""
+    halt = Watch(100)
+    trainer.run(config("training.checkpoint_every=80"), place / "again", listeners=[halt], stop=halt)
+    checkpoint = place / "again" / "checkpoint.safetensors"
+    journal = read_journal(place / "again" / "journal.msgpack")
+    other = journal.steps[97] | {"loss": 1.0}
+    # What a kill between checkpoint 80 and step 100 leaves, had the machine computed step 97 differently then.
+    state = minitrain.open_run(place / "again").state(80)
+    from minitrain.checkpoint import save_checkpoint
+    from minitrain.config import config_hash
+
+    save_checkpoint(checkpoint, state, config_hash=config_hash(config()), streams={})
+    end, chain = journal.end_of(97)
+    writer = JournalWriter(place / "again" / "journal.msgpack", keep=end, chain=chain)
+    for body in (other, *journal.steps[98:]):
+        writer.append(body)
+    writer.close()
+    outcome = trainer.run(config("training.checkpoint_every=80"), place / "again", resume=True)
+    assert outcome.results["alerts"][-1].startswith("step 97 has other bits than it had before the run was resumed")
+
+
+# What goes wrong while it runs
+
+
+class FullDisk:
+    """After ``calls`` writes of rows or frames there is no space left."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, calls: int) -> None:
+        self.left = calls
+        write, writev = os.write, os.writev
+        patch.setattr("minitrain.record.arrays.os.writev", lambda *a: self(writev, *a))
+        patch.setattr("minitrain.record.journal.os.write", lambda *a: self(write, *a))
+
+    def __call__(self, function: Any, *arguments: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*arguments)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 3, 100, 241, 300])
+def test_full_disk_stops_and_resumes(place, whole, calls):
+    """Training stops with one message; with room again it is resumed to the same bytes."""
+    shutil.rmtree(place / "full", ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        FullDisk(patch, calls)
+        with pytest.raises((RunError, OSError), match="No space left on device"):
+            trainer.run(config(), place / "full")
+    trainer.run(config(), place / "full", resume=True)
+    assert contents(place / "full") == contents(whole[0])
+
+
+def test_full_disk_goes_on_without(place, whole):
+    """With record.on_error: continue the run ends with the same bits, and an alert that says from where on not."""
+    with pytest.MonkeyPatch.context() as patch:
+        FullDisk(patch, 200)
+        outcome = trainer.run(config("record.on_error=continue"), place / "without")
+    assert outcome.digest == digest(*whole[1].states[STEPS])
+    assert outcome.results["alerts"][0].startswith("not recorded from step ")
+    run = minitrain.open_run(place / "without")
+    assert 50 < run.steps < STEPS
+    assert run.state(run.steps).params.flat.tobytes() == whole[1].states[run.steps][0].tobytes()
+
+
+def test_no_room_is_said_before_step_0(place, monkeypatch):
+    """A record that does not fit is refused with both figures, and nothing is written."""
+    monkeypatch.setattr(recorder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
+    with pytest.raises(RunError, match=r"record: expected .* GB of free disk at .* for 150 steps, got 0.00 GB"):
+        trainer.run(config(), place / "large")
+    assert not (place / "large").exists()
+
+
+def test_the_size_is_announced(place, whole):
+    """About what the files then take."""
+    told: list[str] = []
+    trainer.run(config(), place / "told", tell=told.append)
+    size = sum(len(data) for name, data in contents(place / "told").items() if not name.endswith("zarr.json"))
+    assert 0.9 < layout_of(config()).disk_bytes / size < 1.3
+    assert told[0].startswith("recording every step with its moments to ")
+
+
+class Flips(Listener):
+    """Changes memory after step 70 was recorded."""
+
+    def stepped(self, stats: StepStats, state: State) -> None:
+        if stats.step == 70:
+            state.m["lm_head.bias"][3] += 1
+
+
+def test_memory_that_changes_between_steps(place, whole):
+    """The step after says so before it begins: an event, the state as it then was, and an alert."""
+    outcome = trainer.run(config(), place / "flipped", listeners=[Flips()])
+    run = minitrain.open_run(place / "flipped")
+    assert run.events == [{"event": "memory_changed", "step": 71, "tensors": ["m.lm_head.bias"]}]
+    assert not np.array_equal(run.frame(71).digest_in, run.frame(70).digest_out)
+    assert run.moments(71).m.flat.tobytes() == whole[1].states[71][1].tobytes()  # as step 70 left it
+    assert outcome.results["alerts"] == ["memory changed before step 71: m.lm_head.bias"]
+    from safetensors import safe_open
+
+    with safe_open(run.folder.incident(71), framework="numpy") as file:
+        changed = file.get_tensor("m.lm_head.bias") - run.moments(71)["lm_head.bias"].m
+        assert np.nonzero(changed)[0].tolist() == [3]
+    assert damages(place / "flipped") == []
+
+
+@pytest.mark.parametrize("mode", ["stop", "continue"])
+def test_not_finite(place, mode):
+    """Before the update that would spread it, the state as it was read is kept with gradients and activations."""
+    conf = config("optimizer.lr_max=1e30", f"training.on_nonfinite={mode}")
+    outcome = trainer.run(conf, place / f"nonfinite-{mode}")
+    first = outcome.metrics.first_nonfinite_step
+    run = minitrain.open_run(place / f"nonfinite-{mode}")
+    assert run.steps == (STEPS if mode == "continue" else first + 1)
+    assert run.keyframes[-1] == run.steps
+    assert [int(path.stem) for path in run.folder.incident_files()] == [first]
+    from safetensors.numpy import load_file
+
+    kept = load_file(run.folder.incident(first))
+    state = run.state(first)
+    assert all(np.array_equal(kept[f"param.{name}"], t, equal_nan=True) for name, t in state.params.items())
+    assert any(not np.isfinite(t).all() for name, t in kept.items() if name.startswith("grad"))
+    assert "block.0.attn.probs" in kept
+    if mode == "stop":  # resumed and stopped before it fails again, it is a run like any other
+        halt = Watch(1)
+        trainer.run(conf, run.path, resume=True, listeners=[halt], stop=halt)
+        assert minitrain.open_run(run.path).ended == "unfinished"
+        assert damages(run.path) == []
+        trainer.run(conf, run.path, resume=True)
+        run = minitrain.open_run(run.path)
+    last = run.state(run.steps)
+    assert np.isnan(last.params.flat).any() or np.isnan(last.m.flat).any() or np.isinf(last.v.flat).any()
+    assert damages(run.path) == []
