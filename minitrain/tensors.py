@@ -165,6 +165,12 @@ class Tensors(Mapping[str, NDArray[np.float32]]):
         """The same names and shapes, zeros."""
         return Tensors(self.table)
 
+    def copy(self) -> Tensors:
+        """The same names, shapes and bits."""
+        copy = self.like()
+        copy.flat[:] = self.flat
+        return copy
+
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         return self._views[name]
 
