@@ -75,7 +75,7 @@ def command(
     first, last = steps_of(replay, step, last)
     live = replay.at(first)
     if bundle:
-        write_bundle(bundle, replay.source, live.state, live.batch)
+        write_bundle(bundle, replay.source, live.state)
     done = run_steps(replay, live, range(first, last + 1), sites, listener, keep=dump is not None)
     if dump:
         write_dump(dump, done, run)

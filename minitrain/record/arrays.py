@@ -41,7 +41,8 @@ def create(folder: Path, layout: Layout) -> None:
     write_chunk(folder, layout.arrays["keyframe_step"], 0, np.array(layout.keyframes))
 
 
-def crc32c(data: bytes) -> bytes:
+def crc32c(data: bytes | Array) -> bytes:
+    """Of bytes, or of an array in C order."""
     return _CRC.pack(google_crc32c.value(data))
 
 
@@ -115,12 +116,15 @@ class RowWriter:
         os.lseek(file, 0, os.SEEK_END)
         return file
 
-    def append(self, row: bytes) -> None:
-        """Raises OSError."""
-        data = memoryview(crc32c(row))
-        written = os.writev(self._file, (row, data))
-        while written < self._stride:  # cut by a signal, or by a disk that is about to be full
-            written += os.write(self._file, row[written:] or data[written - len(row) :])
+    def append(self, row: Array) -> None:
+        """``row`` has the dtype of the array and is in C order. Raises OSError."""
+        parts = [memoryview(row).cast("B"), memoryview(crc32c(row))]
+        while parts:
+            written = os.writev(self._file, parts)
+            while parts and written >= len(parts[0]):
+                written -= len(parts.pop(0))
+            if parts:  # cut by a signal, or by a disk that is about to be full
+                parts[0] = parts[0][written:]
         self.rows += 1
         if self.rows % SHARD == 0:
             shard = self.rows // SHARD

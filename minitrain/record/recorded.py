@@ -21,6 +21,7 @@ from minitrain.config import Config
 from minitrain.data.batches import Batch, TrainBatches
 from minitrain.data.prepare import Prepared
 from minitrain.errors import RunError
+from minitrain.inject import optimizer_at
 from minitrain.model import make_backend
 from minitrain.optim import Recurrence
 from minitrain.record.arrays import read_chunk, read_row, shards
@@ -87,20 +88,25 @@ class Scalars(Mapping[str, NDArray[Any]]):
         return len(self.NAMES)
 
 
-def open_run(path: Path | str) -> Run:
-    """The record of the run in this folder. Raises RunError if there is none, or its journal is damaged."""
-    return Run(Path(path))
+def open_run(path: Path | str, *, blind: bool = False) -> Run:
+    """The record of the run in this folder. Raises RunError if there is none, or its journal is damaged.
+
+    ``blind`` leaves out what it says of injections: for those who are to find them.
+    """
+    return Run(Path(path), blind=blind)
 
 
 class Run:
     """A recorded run, as it was when this was made. A context manager, for symmetry: nothing stays open."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, blind: bool = False) -> None:
+        self.path, self._blind = path, blind
         self.folder = RunFolder(path)
         self.folder.require_run()
         self.manifest = self.folder.read_manifest()
         self.config: Config = self.folder.stored_config()
+        if blind:
+            self.config = self.config.model_copy(update={"injections": []})
         if not self.config.record.enabled:
             raise RunError(f"{path}: expected a recorded run, got one with record.enabled: false; train it again with")
         self.journal = read_journal(self.folder.journal)
@@ -153,7 +159,7 @@ class Run:
     @property
     def events(self) -> list[dict[str, Any]]:
         """What happened besides steps: ``{"event": name, "step": t, ...}``, in order."""
-        return self.journal.events
+        return [e for e in self.journal.events if not (self._blind and e["event"] == "injection")]
 
     @cached_property
     def layout(self) -> Layout:
@@ -248,7 +254,8 @@ class Run:
             following = Recurrence(self.config.optimizer, params, make_backend(self.config.training.backend))
             for s in range(start, t):
                 moments = self.moments(s + 1)
-                following(moments.m.flat, moments.v.flat, self.frame(s).lr, s + 1)
+                settings = optimizer_at(self.config, s)
+                following(moments.m.flat, moments.v.flat, self.frame(s).lr, s + 1, settings)
                 self.require_digests(s + 1, 0, params.flat, f"state {s + 1}, which follows from keyframe {start}")
         return params
 

@@ -75,7 +75,7 @@ class RecordWriter:
         for path in self._folder.incident_files(start):
             path.unlink()
 
-    def step(self, body: Mapping[str, Any], moments: tuple[bytes, ...]) -> bool:
+    def step(self, body: Mapping[str, Any], moments: tuple[NDArray[np.float32], ...]) -> bool:
         """Commit a step; False if it was recorded before with other bits. Raises OSError."""
         for rows, row in zip(self._rows, moments, strict=True):
             rows.append(row)
