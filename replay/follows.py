@@ -8,7 +8,7 @@ element is accused if, and only if, no gradient at all explains it. A step that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -40,9 +40,6 @@ class Excess(NamedTuple):
     """(n,) how far that is away, counted in floating-point numbers."""
 
 
-_NONE = Excess(*(np.zeros(0, dtype) for dtype in (np.int64, np.bool_, np.float32, np.int64)))
-
-
 def places(x: Floats) -> Places:
     """Where each number stands on the line of all of them."""
     bits = canonical_bits(x).astype(np.int64)
@@ -64,11 +61,14 @@ class Follows:
 
     def __call__(self, m: Floats, v: Floats, m_after: Floats, v_after: Floats) -> Excess:
         step = _Step(m, v, m_after, v_after)
-        found = [
-            self._search(elements, step.at(elements))
-            for elements in _parts(self._unexplained(step))  # as a rule there are none
-        ]
-        return Excess(*map(np.concatenate, zip(_NONE, *found, strict=True)))
+        unexplained = self._unexplained(step)  # as a rule there are none
+        found = [self._search(elements, step.at(elements)) for elements in _parts(unexplained) or [unexplained]]
+        return Excess(
+            np.concatenate([part.elements for part in found]),
+            np.concatenate([part.of_m for part in found]),
+            np.concatenate([part.nearest for part in found]),
+            np.concatenate([part.ulps for part in found]),
+        )
 
     def _unexplained(self, step: _Step) -> NDArray[np.int64]:
         """The elements that neither their likely gradient explains nor one of its neighbours."""
@@ -170,10 +170,9 @@ class _Kernel:
         return self._m[:n], self._v[:n]
 
 
-def _parts(elements: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+def _parts(elements: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """At most CHUNK at a time."""
-    for start in range(0, len(elements), CHUNK):
-        yield elements[start : start + CHUNK]
+    return [elements[start : start + CHUNK] for start in range(0, len(elements), CHUNK)]
 
 
 def _half_ulp(x: Floats, factor: float) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minitrain.errors import RunError
+from minitrain.inject import optimizer_at
 from minitrain.model import make_backend
 from minitrain.optim import Recurrence
 from minitrain.record.digests import has_digest
@@ -31,13 +32,13 @@ def _left(source: RecordedRun, t: int, before: Tensors, live: Tensors) -> State:
     """
     run, moments, params = source.run, source.run.moments(t), before.copy()
     follow = Recurrence(run.config.optimizer, params, make_backend(run.config.training.backend))
-    follow(moments.m.flat, moments.v.flat, run.frame(t - 1).lr, t)
+    follow(moments.m.flat, moments.v.flat, run.frame(t - 1).lr, t, optimizer_at(run.config, t - 1))
     for (name, tensor), recorded in zip(params.items(), run.digests(t)[0].tolist(), strict=True):
         if has_digest(live[name], recorded):
             tensor[...] = live[name]
         elif not has_digest(tensor, recorded):
             raise RunError(
                 f"state {t}: expected param.{name} with digest {recorded:016x} from the replay or from the recorded "
-                f"moments, got it from neither"
+                "moments, got it from neither"
             )
     return State(t, params, moments.m, moments.v)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minitrain.errors import RunError
+from minitrain.inject import FAULTS, optimizer_at
 from minitrain.model import make_backend
 from minitrain.optim import Recurrence
 from minitrain.record.digests import has_digest
@@ -85,8 +86,10 @@ def unable(source: RecordedRun) -> str | None:
 class SegmentRecurrence:
     """The steps from ``start``, a keyframe, to before ``end``."""
 
-    def __init__(self, source: RecordedRun, start: int, end: int) -> None:
+    def __init__(self, source: RecordedRun, start: int, end: int, injections: bool = True) -> None:
+        """With ``injections`` those of the record are no faults."""
         self._source, self._start, self._end = source, start, end
+        self._config = source.config if injections else source.config.model_copy(update={"injections": []})
         backend = make_backend(source.config.training.backend)
         self._table = parameter_table(source.config.model)
         self._follows = Follows(source.config.optimizer, backend)
@@ -110,8 +113,9 @@ class SegmentRecurrence:
             else:
                 report.steps_checked += 1
                 found = self._follows(before.m.flat, before.v.flat, after.m.flat, after.v.flat)
-                report.faults += self._unexplained(t, after, found)
-                report.faults += self._moved(t, after)
+                declared = self._declared(t)
+                for fault in (*self._unexplained(t, after, found), *self._moved(t, after)):
+                    report.faults.append(fault._replace(declared=declared))
             if not known or before is None or after is None:
                 report.unverified_params.append(t)
             before = after
@@ -162,10 +166,15 @@ class SegmentRecurrence:
             )
             yield Unexplained(t, kind, name, index, recorded, nearest, ulps, len(mine), elements, message)
 
+    def _declared(self, t: int) -> str | None:
+        """The injections that changed the state which step t left, behind its update."""
+        names = [one.name for one in self._config.injections if one.step == t and FAULTS[one.name].point == "state"]
+        return ", ".join(names) or None
+
     def _moved(self, t: int, after: Moments) -> Iterator[Unexplained]:
         """Each tensor of parameters that the update does not lead to, if those before it were known."""
         frame = self._source.frame(t)
-        self._update(after.m.flat, after.v.flat, frame.lr, t + 1)
+        self._update(after.m.flat, after.v.flat, frame.lr, t + 1, optimizer_at(self._config, t))
         for n, (name, tensor) in enumerate(self._params.items()):
             if n not in self._lost and not has_digest(tensor, int(frame.digest_out[0, n])):
                 self._lost.add(n)

@@ -82,12 +82,14 @@ def verify(
     *,
     workers: int | None = None,
     audit: bool = False,
+    injections: bool = True,
     show: Callable[[int], None] = lambda steps: None,
 ) -> Verification:
     """Replay every step of ``run`` and read everything that it has recorded.
 
     With ``audit`` every transition stands on its own: behind a fault go on from the recorded state, where it can be
-    had; and `recurrence` is checked as well.
+    had; and `recurrence` is checked as well. The injections of the record are done again, or without ``injections``
+    are faults to be found.
     ``show`` is told, in any thread, how much of `work_of` (run, audit) has been done since it was last told.
     Raises RunError where nothing was recorded, or the same bits are not promised here (as `Replay` does).
     """
@@ -96,7 +98,7 @@ def verify(
     found, workers, stopped = Verification(), workers or default_workers(), Event()
     machines: SimpleQueue[Machine] = SimpleQueue()
     for _ in range(workers):
-        machines.put(Machine(source))
+        machines.put(Machine(source, injections=injections))
 
     def check(segment: _Segment) -> _Segment:
         machine = machines.get()
@@ -124,14 +126,18 @@ def verify(
             stopped.set()
             pool.shutdown(cancel_futures=True)
     if audit:
-        found.recurrence = recurrence(run, workers=workers, show=show)
+        found.recurrence = recurrence(run, workers=workers, injections=injections, show=show)
     found.faults.sort(key=lambda fault: fault.step)
     found.unverified.sort()
     return found
 
 
 def recurrence(
-    run: Run, *, workers: int | None = None, show: Callable[[int], None] = lambda steps: None
+    run: Run,
+    *,
+    workers: int | None = None,
+    injections: bool = True,
+    show: Callable[[int], None] = lambda steps: None,
 ) -> RecurrenceReport:
     """Hold the moments and parameters of every step against those before it, without data and without a model.
 
@@ -144,7 +150,7 @@ def recurrence(
         return report
 
     def check(bounds: tuple[int, int]) -> RecurrenceReport:
-        segment = SegmentRecurrence(source, *bounds)
+        segment = SegmentRecurrence(source, *bounds, injections)
         for _ in segment:
             if stopped.is_set():
                 break
