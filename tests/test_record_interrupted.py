@@ -114,11 +114,9 @@ def kill_and_resume(place: Path, count: int, seed: int) -> Counter[str]:
     return found
 
 
-def test_killed_at_random_instants(place, repository):
-    """kill -9: the reader opens what is there, all of it verifies, and resuming completes it to the same bytes.
-
-    Once in the sources is enough: an installed wheel is the same code.
-    """
+@pytest.mark.once
+def test_killed_at_random_instants(place):
+    """kill -9: the reader opens what is there, all of it verifies, and resuming completes it to the same bytes."""
     kill_and_resume(place, 10, seed=int.from_bytes(os.urandom(4)))
 
 
