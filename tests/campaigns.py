@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from minitrain import __version__
 from minitrain.environment import hardware, versions
 
 PAGE = Path(__file__).with_name("CAMPAIGNS.md")
@@ -29,7 +28,7 @@ class Campaign:
         cpu, cores, took = hardware()["cpu"], hardware()["cores"], time.monotonic() - self._started
         table = "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))
         mine = (
-            f"## {self.title}\n\n{datetime.now(UTC):%Y-%m-%d}, minitrain {__version__}, {cpu} ({cores} cores), "
+            f"## {self.title}\n\n{datetime.now(UTC):%Y-%m-%d}, minitrain {versions()['minitrain']}, {cpu} ({cores} cores), "
             f"Python {versions()['python']}, {took:.0f} s.\n\n{table}\n"
         )
         page = PAGE.read_text() if PAGE.exists() else HEAD
