@@ -26,10 +26,11 @@ class Campaign:
     def tell(self, header: Sequence[str], *rows: Sequence[object]) -> None:
         """Put a table, with date, machine and duration, in the place of what the page says of this campaign."""
         cpu, cores, took = hardware()["cpu"], hardware()["cores"], time.monotonic() - self._started
+        version, python = versions()["minitrain"], versions()["python"]
         table = "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))
         mine = (
-            f"## {self.title}\n\n{datetime.now(UTC):%Y-%m-%d}, minitrain {versions()['minitrain']}, {cpu} ({cores} cores), "
-            f"Python {versions()['python']}, {took:.0f} s.\n\n{table}\n"
+            f"## {self.title}\n\n{datetime.now(UTC):%Y-%m-%d}, minitrain {version}, {cpu} ({cores} cores), "
+            f"Python {python}, {took:.0f} s.\n\n{table}\n"
         )
         page = PAGE.read_text() if PAGE.exists() else HEAD
         others = [s for s in re.split(r"(?m)^(?=## )", page)[1:] if not s.startswith(f"## {self.title}\n")]
