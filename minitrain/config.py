@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from minitrain.errors import ConfigError, did_you_mean, shown
 from minitrain.rng import SEED_LIMIT
-from minitrain.shorthand import INJECTION_NAME, SHORT, spelt_out
+from minitrain.shorthand import INJECTION_NAME, OPTIONS, SHORT, spelt_out
 from minitrain.yaml_files import parse_yaml, read_sections, yaml
 
 if TYPE_CHECKING:
@@ -234,6 +234,11 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Confi
     An override's value is YAML too: ``optimizer.clip=null``, ``optimizer.lr_max=3e-4``; the last of two wins.
     Raises ConfigError: one line if the file cannot be read as a mapping, else a line for every mistake.
     """
+    return read_config(path, overrides)[0]
+
+
+def read_config(path: Path | str | None, overrides: Sequence[str] = ()) -> tuple[Config, Mapping[str, str]]:
+    """As `load_config`, and where each key stands."""
     tree, places = ({}, {}) if path is None else read_sections(Path(path))
     mistakes = []
     for text in overrides:
@@ -241,7 +246,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Confi
             _override(text, tree, places)
         except ConfigError as error:
             mistakes.append(str(error))
-    return _checked(tree, places, mistakes)
+    return _checked(tree, places, mistakes), places
 
 
 def config_from(tree: dict[str, Any], source: str) -> Config:
@@ -293,9 +298,8 @@ _Places = dict[str, str]
 def _override(text: str, tree: _Tree, places: _Places) -> None:
     """Lay one ``section.key=value`` over the tree. Raises ConfigError if it has another form."""
     name, equals, value = text.partition("=")
-    section, dot, key = {"injection": "injection.name", "injection_step": "injection.step"}.get(
-        name.strip(), name.strip()
-    ).partition(".")
+    option, name = OPTIONS.get(name.strip(), ("--set", name.strip()))
+    section, dot, key = name.partition(".")
     if not (equals and dot and key):
         example = f"section.key=value, as in model.n_layer=4{_belongs(section)}"
         raise ConfigError(f"--set {text}: expected {example}")
@@ -307,8 +311,8 @@ def _override(text: str, tree: _Tree, places: _Places) -> None:
         body = {"name": body}
     if isinstance(body, dict):  # else the section itself is the mistake, told with the others
         tree[section] = body | {key: parsed}
-    places.setdefault(section, "--set")
-    places[f"{section}.{key}"] = "--set"
+    places.setdefault(section, option)
+    places[f"{section}.{key}"] = option
 
 
 # Checking: pydantic finds every mistake; the words are ours.
@@ -355,7 +359,7 @@ def _explain_injection(error: ErrorDetails, rest: list[str], places: _Places) ->
     at = ".".join(["injections", *rest[:2]])
     where = places.get(at) or places.get(f"injections.{number}") or places.get("injections", "default")
     name = f"injections[{number}]" if number else "injections"
-    if f"injections.{number}" in places and places[f"injections.{number}"] == places.get("injection"):
+    if "injection" in places:
         name = "injection"
     fields = Injection.model_fields
     if error["type"] in ("extra_forbidden", "invalid_key"):

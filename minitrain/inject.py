@@ -8,20 +8,22 @@ the step: batch, site (forward and backward), gradients, optimizer, lr, state.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minitrain.config import Config, Injection, OptimizerConfig
+from minitrain.config import Config, Injection, OptimizerConfig, read_config
 from minitrain.data.batches import FILL, Batch
 from minitrain.data.tokenizer import PAD, Tokenizer
 from minitrain.errors import ConfigError, did_you_mean
 from minitrain.hooks import Hooks
 from minitrain.state import State
-from minitrain.tensors import Tensors, activation_table, gradient_table, parameter_table, sites
+from minitrain.tensors import Tensors, activation_table, parameter_table, sites
 
 Point = Literal["batch", "site", "gradients", "optimizer", "lr", "state"]
 T = TypeVar("T")
@@ -158,12 +160,13 @@ class Injector:
         target, groups = one.target or "", {"param": state.params, "m": state.m, "v": state.v}
         match one.name:
             case "v_corrupt" | "m_corrupt":
-                _multiply(groups[one.name[0]][target], one)
+                _multiply(groups[kind_of(one)][target], one)
             case "param_nan":
                 state.params[target][_index(one)] = np.float32(np.nan)
             case "bit_flip":
-                kind, _, name = target.partition(".")
-                groups[kind][name].view(np.uint32)[_index(one)] ^= np.uint32(1 << (one.bit or 0))
+                groups[kind_of(one)][target.partition(".")[2]].view(np.uint32)[_index(one)] ^= np.uint32(
+                    1 << (one.bit or 0)
+                )
         return state
 
 
@@ -172,14 +175,24 @@ def acts(one: Injection, step: int) -> bool:
     return one.step == step or (FAULTS[one.name].lasts and one.step < step)
 
 
-def optimizer_at(config: Config, step: int) -> OptimizerConfig:
-    """What the optimizer goes by at this step."""
-    return Injector(config).inject("optimizer", step, config.optimizer) if config.injections else config.optimizer
+def kind_of(one: Injection) -> str:
+    """What of the state it changes: param, m or v."""
+    if one.name == "bit_flip":
+        return (one.target or "").partition(".")[0]
+    return {"v_corrupt": "v", "m_corrupt": "m"}.get(one.name, "param")
 
 
 def event(one: Injection) -> dict[str, Any]:
     """What the journal says of it."""
     return {"event": "injection", **one.model_dump(exclude_none=True)}
+
+
+def spelt(one: Injection) -> str:
+    """In a phrase, such as ``param_nan at step 7 (ln_f.bias[3])``."""
+    place = (one.target or "") + (str(one.element) if one.element else "")
+    more = [f"{key} {value:g}" for key in ("factor", "bit") if (value := getattr(one, key)) is not None]
+    what = ", ".join(filter(None, [place, *more]))
+    return f"{one.name} {'from' if FAULTS[one.name].lasts else 'at'} step {one.step}" + (f" ({what})" if what else "")
 
 
 def copies(tokens: list[int], like: Batch) -> Batch:
@@ -211,11 +224,17 @@ def _index(one: Injection) -> tuple[int, ...]:
 # What an injection may be
 
 
-def resolved(config: Config) -> Config:
+def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
+    """`load_config`, resolved. Raises ConfigError, which tells where each mistake stands."""
+    return resolved(*read_config(path, overrides))
+
+
+def resolved(config: Config, places: Mapping[str, str] = MappingProxyType({})) -> Config:
     """The configuration with every parameter of its injections spelt out.
 
     Raises ConfigError with a line for every mistake: an unknown name, a step outside the run, a parameter that the
-    fault does not take, a target or an element that is not there, or that nothing reads afterwards.
+    fault does not take, a target or an element that is not there, or that nothing reads afterwards. ``places`` are
+    those of `read_config`.
     """
     if not config.injections:
         return config
@@ -224,44 +243,50 @@ def resolved(config: Config) -> Config:
         try:
             told.append(_resolve(one, config))
         except _Mistake as mistake:
-            mistakes.append(f"injections[{number}].{mistake}")
+            name = "injection" if "injection" in places else f"injections[{number}]"
+            where = places.get(f"injections.{number}.{mistake.key}") or places.get(f"injections.{number}")
+            mistakes.append(f"{name}.{mistake.key}: {mistake}" + (f" ({where})" if where else ""))
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return config.model_copy(update={"injections": told})
 
 
 class _Mistake(Exception):
-    """One line, from the key on."""
+    """What was expected of a key, and what came."""
+
+    def __init__(self, key: str, expected: str, got: object, hint: str = "") -> None:
+        super().__init__(f"expected {expected}, got {got!r}{hint}")
+        self.key = key
 
 
 def _resolve(one: Injection, config: Config) -> Injection:
     fault = FAULTS.get(one.name)
     if fault is None:
-        known = f"; known are {', '.join(FAULTS)}"
-        raise _Mistake(
-            f"name: expected the name of an injection, got {one.name!r}{did_you_mean(one.name, FAULTS) or known}"
-        )
+        near = did_you_mean(one.name, FAULTS) or f"; known are {', '.join(FAULTS)}"
+        raise _Mistake("name", "the name of an injection", one.name, near)
     total, first = config.scheduler.total_steps, int(one.name == "duplicate_batch")
     if not first <= one.step < total:
-        raise _Mistake(
-            f"step: expected {first} to {total - 1} for {one.name} in a run of {total} steps, got {one.step}"
-        )
-    for key, taken in ("target", fault.among), ("element", fault.element), ("factor", fault.factor), ("bit", fault.bit):
+        raise _Mistake("step", f"{first} to {total - 1} for {one.name} in a run of {total} steps", one.step)
+    for key, takes in (
+        ("target", fault.among is not None),
+        ("element", fault.element),
+        ("factor", fault.factor is not None),
+        ("bit", fault.bit is not None),
+    ):
         value = getattr(one, key)
-        if value is not None and (taken is None or taken is False):
-            raise _Mistake(f"{key}: expected none, since {one.name} takes none, got {value!r}")
+        if value is not None and not takes:
+            raise _Mistake(key, f"none, since {one.name} takes none", value)
     factor = fault.factor if one.factor is None else one.factor
     if factor is not None:
-        low, high = (0.0, np.inf) if fault.point in ("lr", "optimizer") else (-_LARGEST, _LARGEST)
-        if not low <= factor <= high:
-            expected = "a number of at least 0" if low == 0 else "a number that float32 holds"
-            raise _Mistake(f"factor: expected {expected}, got {factor!r}")
+        positive = fault.point in ("lr", "optimizer")
+        if not (0 if positive else -LARGEST) <= factor <= LARGEST:
+            raise _Mistake("factor", f"a number {'of at least 0 ' if positive else ''}that float32 holds", factor)
     target, element = _place(one, fault, config) if fault.among else (None, None)
     bit = fault.bit if one.bit is None else one.bit
     return Injection(name=one.name, step=one.step, target=target, element=element, factor=factor, bit=bit)
 
 
-_LARGEST = float(np.finfo(np.float32).max)
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def _place(one: Injection, fault: Fault, config: Config) -> tuple[str, list[int] | None]:
@@ -269,28 +294,26 @@ def _place(one: Injection, fault: Fault, config: Config) -> tuple[str, list[int]
     target, element = one.target or fault.target or "", one.element
     if found := re.fullmatch(r"(.*)\[\s*(\d+(?:\s*,\s*\d+)*)\s*\]", target):
         if element is not None:
-            raise _Mistake(f"element: expected it once, got {element} and {target}")
+            raise _Mistake("element", f"it once, since target is {target}", element)
         target, element = found[1], [int(i) for i in found[2].split(",")]
     shapes = targets(config, fault)
     if target not in shapes:
         if fault.among == "sites" and (why := unread(config).get(target)):
-            raise _Mistake(f"target: expected a site that something reads afterwards, got {target!r}: {why}")
+            raise _Mistake("target", "a site that something reads afterwards", target, f": {why}")
         kind = {"parameters": "a parameter", "state": "param.X, m.X or v.X of a parameter X", "sites": "a site"}
-        near = did_you_mean(target, shapes) or f"; such as {fault.target}"
-        raise _Mistake(f"target: expected {kind[fault.among or 'sites']}, got {target!r}{near}")
+        near = did_you_mean(target, shapes) or f"; an example is {fault.target!r}"
+        raise _Mistake("target", kind[fault.among or "sites"], target, near)
     shape = shapes[target]
     if not fault.element:
         if element is not None:
-            raise _Mistake(f"element: expected none, since {one.name} is about whole tensors, got {element}")
+            raise _Mistake("element", f"none, since {one.name} takes whole tensors", element)
         return target, None
     element = [0] * len(shape) if element is None else element
-    if len(element) != len(shape) or any(not 0 <= i < n for i, n in zip(element, shape, strict=True)):
-        expected = f"{len(shape)} indices inside the shape {list(shape)} of {target}"
-        raise _Mistake(f"element: expected {expected}, got {element}")
+    if len(element) != len(shape) or any(i >= n for i, n in zip(element, shape, strict=True)):
+        indices = "1 index" if len(shape) == 1 else f"{len(shape)} indices"
+        raise _Mistake("element", f"{indices} inside the shape {list(shape)} of {target}", element)
     if target.endswith("attn.probs") and element[3] > element[2]:
-        raise _Mistake(
-            f"element: expected a key up to its query in {target} (nothing reads a later one), got {element}"
-        )
+        raise _Mistake("element", f"a key up to its query in {target}, since nothing reads a later one", element)
     return target, element
 
 
@@ -302,21 +325,27 @@ def targets(config: Config, fault: Fault) -> dict[str, tuple[int, ...]]:
     if fault.among == "state":
         return {f"{kind}.{name}": shape for kind in KINDS for name, shape in parameters.items()}
     B, T, dead = config.training.batch_size, config.model.max_seq_len, unread(config)
-    shapes = {a.name: a.shape for a in activation_table(config.model, B, T) + gradient_table(config.model, B, T)}
-    named = [site for site in sites(config.model) if site.removeprefix("grad:") in shapes and site not in dead]
-    return {site: shapes[site.removeprefix("grad:")] for site in named}
+    shapes = {a.name: a.shape for a in activation_table(config.model, B, T)}
+    here = [site for site in sites(config.model) if site.removeprefix("grad:") in shapes and site not in dead]
+    return {site: shapes[site.removeprefix("grad:")] for site in here}
 
 
 def unread(config: Config) -> dict[str, str]:
-    """Sites whose change would change nothing, or no element: and why."""
+    """Sites whose change would change nothing, with the reason."""
     blocks = range(config.model.n_layer)
     return {
-        "log_softmax": "the losses have been taken from it before; logits or softmax are read",
-        "loss": "it is one number, of which the backward pass reads nothing; logits are read",
-        **{
-            f"grad:block.{i}.attn.probs": "the same kernel has used it before; grad:block.{i}.v is read".replace(
-                "{i}", str(i)
-            )
-            for i in blocks
-        },
+        "log_softmax": "the losses have been taken from it before; logits and softmax are read",
+        "loss": "it is the outcome; logits are read",
+        **{f"grad:block.{i}.attn.probs": f"its kernel has used it; grad:block.{i}.v is read" for i in blocks},
     }
+
+
+def table() -> list[tuple[str, str, str, str]]:
+    """Name, point, what it does and what it takes of every fault, for people to read."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, fault in FAULTS.items():
+        takes = [] if fault.target is None else [f"target={fault.target}"]
+        takes += ["element=[0, ...]"] if fault.element else []
+        takes += [f"{key}={value:g}" for key in ("factor", "bit") if (value := getattr(fault, key)) is not None]
+        rows.append((name, "setting" if fault.lasts else fault.point, fault.does, ", ".join(takes) or "-"))
+    return rows

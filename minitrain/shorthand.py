@@ -11,6 +11,8 @@ INJECTION_NAME = "the name of an injection (minitrain train --injection help lis
 
 SHORT = ("injection", "injection_step")
 """Sections that are short for a list of one injection."""
+OPTIONS = {"injection": ("--injection", "injection.name"), "injection_step": ("--injection-step", "injection.step")}
+"""What they are as overrides: the option of the command line, and the key."""
 
 
 def spelt_out(tree: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
@@ -44,7 +46,9 @@ def spelt_out(tree: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
         )
     if one and "name" not in one:
         raise ConfigError(f"injection.name: expected {INJECTION_NAME}, got none ({where})")
+    if not one:
+        return rest | {"injections": listed}
     places["injections.0"] = places["injection"] = where
     for key in one:
         places[f"injections.0.{key}"] = places.get(f"injection.{key}") or where
-    return rest | {"injections": [one] if one else listed}
+    return rest | {"injections": [one]}

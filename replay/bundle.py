@@ -110,7 +110,7 @@ class Bundle:
         return self._frame
 
     def texts(self, batch: Batch) -> list[str]:
-        return self._held.texts
+        return [self._held.texts.get(row, "") for row in batch.rows.tolist()]
 
     def nearest(self, t: int) -> State:
         state = empty_state(self.config, t)
@@ -125,7 +125,8 @@ class _Held(NamedTuple):
     state: State
     batches: dict[int, Batch]
     """By step: that of the bundle's, and where an injection asks for it the one before."""
-    texts: list[str]
+    texts: dict[int, str]
+    """By row."""
     tokenizer: bytes
 
 
@@ -202,7 +203,8 @@ def open_bundle(path: Path, *, blind: bool = False) -> Bundle:
         before = {name: arrays[f"before.{name}"] for name in _ARRAYS}
         unnamed = dict.fromkeys(before["rows"].tolist(), "")
         batches[frame.step - 1] = Batch(**before, dataset_ids=unnamed)
-    held = _Held(state, batches, [text for _, text in told], content["tokenizer.json"])
+    texts = dict(zip(rows, (text for _, text in told), strict=True))
+    held = _Held(state, batches, texts, content["tokenizer.json"])
     return Bundle(path, manifest, config, frame, held)
 
 

@@ -90,7 +90,7 @@ class Replay:
         self.source = _source(run, blind)
         self.mismatches = require_match(self.source, allow_mismatch)
         self._allowed = allow_mismatch
-        self.injections = injections
+        self.injections, self.blind = injections, blind
         self.machine = Machine(self.source, threads, injections)
 
     @property

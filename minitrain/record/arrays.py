@@ -118,7 +118,7 @@ class RowWriter:
 
     def append(self, row: Array) -> None:
         """``row`` has the dtype of the array and is in C order. Raises OSError."""
-        parts = [memoryview(row).cast("B"), memoryview(crc32c(row))]
+        parts = [row.data.cast("B"), memoryview(crc32c(row))]
         while parts:
             written = os.writev(self._file, parts)
             while parts and written >= len(parts[0]):

@@ -70,12 +70,12 @@ class _Backlog:
     def __init__(self, steps: int, parameters: int, copies: int) -> None:
         self._room = threading.Semaphore(steps)
         self._free: list[tuple[NDArray[np.float32], ...]] = []
-        self._new = lambda: tuple(np.empty(parameters, np.float32) for _ in range(copies))
+        self._shape = copies, parameters
 
     def copy(self, *flats: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
         """Copies of these, once there is room for one more step."""
         self._room.acquire()
-        buffers = self._free.pop() if self._free else self._new()
+        buffers = self._free.pop() if self._free else tuple(np.empty(self._shape, np.float32))
         for buffer, flat in zip(buffers, flats, strict=True):
             np.copyto(buffer, flat)
         return buffers
