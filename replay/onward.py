@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minitrain.errors import RunError
-from minitrain.inject import optimizer_at
+from minitrain.inject import Injector, maybe_inject
 from minitrain.model import make_backend
 from minitrain.optim import Recurrence
 from minitrain.record.digests import has_digest
@@ -32,7 +32,8 @@ def _left(source: RecordedRun, t: int, before: Tensors, live: Tensors) -> State:
     """
     run, moments, params = source.run, source.run.moments(t), before.copy()
     follow = Recurrence(run.config.optimizer, params, make_backend(run.config.training.backend))
-    follow(moments.m.flat, moments.v.flat, run.frame(t - 1).lr, t, optimizer_at(run.config, t - 1))
+    settings = maybe_inject("optimizer", t - 1, run.config.optimizer, Injector(run.config))
+    follow(moments.m.flat, moments.v.flat, run.frame(t - 1).lr, t, settings)
     for (name, tensor), recorded in zip(params.items(), run.digests(t)[0].tolist(), strict=True):
         if has_digest(live[name], recorded):
             tensor[...] = live[name]

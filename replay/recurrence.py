@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minitrain.errors import RunError
-from minitrain.inject import FAULTS, optimizer_at
+from minitrain.inject import Injector, maybe_inject, spelt
 from minitrain.model import make_backend
 from minitrain.optim import Recurrence
 from minitrain.record.digests import has_digest
@@ -89,7 +89,8 @@ class SegmentRecurrence:
     def __init__(self, source: RecordedRun, start: int, end: int, injections: bool = True) -> None:
         """With ``injections`` those of the record are no faults."""
         self._source, self._start, self._end = source, start, end
-        self._config = source.config if injections else source.config.model_copy(update={"injections": []})
+        self._injector = Injector(source.config)
+        self._injector.off = not injections
         backend = make_backend(source.config.training.backend)
         self._table = parameter_table(source.config.model)
         self._follows = Follows(source.config.optimizer, backend)
@@ -168,13 +169,13 @@ class SegmentRecurrence:
 
     def _declared(self, t: int) -> str | None:
         """The injections that changed the state which step t left, behind its update."""
-        names = [one.name for one in self._config.injections if one.step == t and FAULTS[one.name].point == "state"]
-        return ", ".join(names) or None
+        return ", ".join(spelt(one) for one in self._injector.at("state", t)) or None if self._injector else None
 
     def _moved(self, t: int, after: Moments) -> Iterator[Unexplained]:
         """Each tensor of parameters that the update does not lead to, if those before it were known."""
         frame = self._source.frame(t)
-        self._update(after.m.flat, after.v.flat, frame.lr, t + 1, optimizer_at(self._config, t))
+        settings = maybe_inject("optimizer", t, self._source.config.optimizer, self._injector)
+        self._update(after.m.flat, after.v.flat, frame.lr, t + 1, settings)
         for n, (name, tensor) in enumerate(self._params.items()):
             if n not in self._lost and not has_digest(tensor, int(frame.digest_out[0, n])):
                 self._lost.add(n)

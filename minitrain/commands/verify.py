@@ -84,8 +84,10 @@ def injections_text(run: Run, left_out: bool, blind: bool) -> str:
         return "blind: what the record says of injections was not read "
     if not run.config.injections:
         return ""
-    names = ", ".join(f"{one.name} at step {one.step}" for one in run.config.injections)
-    return f"{'without' if left_out else 'with'} the injections of the record: {names} "
+    from minitrain.inject import spelt
+
+    told = "; ".join(spelt(one) for one in run.config.injections)
+    return f"{'without' if left_out else 'with'} the injections of the record: {told} "
 
 
 def verify_json(found: Verification) -> dict[str, Any]:
