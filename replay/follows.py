@@ -61,8 +61,7 @@ class Follows:
 
     def __call__(self, m: Floats, v: Floats, m_after: Floats, v_after: Floats) -> Excess:
         step = _Step(m, v, m_after, v_after)
-        unexplained = self._unexplained(step)  # as a rule there are none
-        found = [self._search(elements, step.at(elements)) for elements in _parts(unexplained) or [unexplained]]
+        found = [self._search(elements, step.at(elements)) for elements in _parts(self._unexplained(step))] or [_NONE]
         return Excess(
             np.concatenate([part.elements for part in found]),
             np.concatenate([part.of_m for part in found]),
@@ -179,6 +178,9 @@ def _half_ulp(x: Floats, factor: float) -> Floats:
     """Half a unit in the last place of x, times ``factor``."""
     power: Floats = (x.view(np.uint32) & 0x7F800000).view(np.float32)
     return power * np.float32(factor * 2.0**-24) + np.float32(factor * 2.0**-149)
+
+
+_NONE = Excess(np.zeros(0, np.int64), np.zeros(0, np.bool_), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
 
 def _bits(x: Floats) -> NDArray[np.uint32]:

@@ -1,4 +1,4 @@
-"""`minitrain diff`: the first step at which two runs part, by their records, and the first site, by running it again."""
+"""`minitrain diff`: the first step at which two runs part, by their records; the first site, by running it again."""
 
 from __future__ import annotations
 
