@@ -340,10 +340,14 @@ def test_audit_tells_a_person(several):
     assert "with the injections of the record: v_corrupt at step 9" in result.stdout
 
 
+STABLE = ["verified", "steps_checked", "faulty_steps", "unverified_steps"]
+
+
 def test_json(several):
     """The stable keys, with and without a replay."""
     told = json.loads(minitrain("verify", several, "--audit", "--blind", "--json").stdout)
-    assert list(told) == ["verified", "steps_checked", "faulty_steps", "unverified_steps", "recurrence"]
+    assert list(told) == [*STABLE, "recurrence", "injections"]
+    assert told["injections"] == "not read"
     assert [f["step"] for f in told["faulty_steps"]] == [9, 11, 12, 13, 20]
     recurred = told["recurrence"]
     assert list(recurred) == ["steps_checked", "faults", "unverified_steps", "unverified_params", "reason"]
@@ -354,6 +358,9 @@ def test_json(several):
     assert sorted({f["step"] for f in only["faulty_steps"]}) == [9, 12, 20]
     assert list(only["faulty_steps"][0]) == ["step", "kind", "tensor", "message"]
     assert not only["verified"]
+    for option, how in (["--audit"], "as recorded"), (["--audit", "--no-injection"], "left out"):
+        assert json.loads(minitrain("verify", several, *option, "--json").stdout)["injections"] == how
+    assert list(json.loads(minitrain("verify", several, "--json").stdout)) == STABLE
 
 
 def test_recurrence_only(tmp_path, record_run):

@@ -66,13 +66,15 @@ def command(
     if recurrence_only:
         with steps_bar(bar_wanted(quiet, as_json), recorded.steps, "recurrence") as show:
             report = recurrence(recorded, workers=workers, injections=injections, show=show)
-        told, verified = {**recurrence_only_json(report)}, report.verified
-        lines = [*recurrence_lines(recorded, report)]
+        told, verified = recurrence_only_json(report), report.verified
+        lines = recurrence_lines(recorded, report)
     else:
         with steps_bar(bar_wanted(quiet, as_json), work_of(recorded, audit), "verify") as show:
             found = verify(recorded, workers=workers, audit=audit, injections=injections, show=show)
         told, verified = verify_json(found), found.verified
         lines = verify_lines(recorded, found)
+    if audit or recurrence_only:
+        told["injections"] = "not read" if blind else "left out" if no_injection else "as recorded"
     lines.append(f"{injections_text(recorded, no_injection, blind)}({time.perf_counter() - started:.1f} s)")
     click.echo(json.dumps(told, allow_nan=False) if as_json else "\n".join(lines))
     sys.exit(int(not verified))
