@@ -5,7 +5,6 @@ from __future__ import annotations
 from minitrain.assembly import learner
 from minitrain.loop import StepStats, watched_step
 from minitrain.replay.source import Source
-from minitrain.replay.states import copy_state
 from minitrain.replay.verifier import Difference, Verifier
 from minitrain.state import State
 
@@ -28,8 +27,7 @@ class Machine:
 
     def put(self, state: State) -> None:
         """Go to this state, whose bits are copied."""
-        copy_state(state, self.state)
-        self._learner.go_to(state.step)
+        self._learner.put(state)
 
     def step(self) -> tuple[StepStats, list[Difference]]:
         """Run the next step, and hold it against its record. Raises RunError where that has none."""
