@@ -68,9 +68,9 @@ def load_checkpoint(path: Path, params: Tensors, m: Tensors, v: Tensors, hint: s
     return about
 
 
-def checkpoint_step(path: Path) -> int:
-    """The state of a checkpoint, from its metadata alone. Raises RunError."""
-    with _opened(path, FORMAT, "checkpoint", _DELETE) as (_, about, _):
+def checkpoint_step(path: Path, hint: str = _DELETE) -> int:
+    """The state of a checkpoint, from its metadata alone. Raises RunError, which ends in the ``hint``."""
+    with _opened(path, FORMAT, "checkpoint", hint) as (_, about, _):
         return int(about["step"])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from minitrain.config import Config, differing_keys, load_config
 from minitrain.errors import ConfigError
 from minitrain.record.recorded import open_run
-from minitrain.replay.origin import parent_of, recorded_state
+from minitrain.replay.origin import parent_of, recorded_state, require_state
 from minitrain.trainer import Origin
 
 MAY_CHANGE = "model.dropout"
@@ -27,6 +27,7 @@ def fork(
     Raises ConfigError for settings with which this state cannot go on, and RunError where it cannot be had.
     """
     parent = open_run(path)
+    require_state(parent, step)
     config = load_config(settings_file, overrides, below=(parent.config, str(parent.folder.manifest)))
     changed = differing_keys(parent.config, config)
     if wrong := [line for line in changed if line.startswith("model.") and not line.startswith(MAY_CHANGE)]:
@@ -36,8 +37,8 @@ def fork(
         )
     if config.scheduler.total_steps <= step:
         raise ConfigError(
-            f"scheduler.total_steps {config.scheduler.total_steps}: expected more than the {step} that state {step} of "
-            f"{path} has behind it; raise it, as in --set scheduler.total_steps={2 * step}"
+            f"scheduler.total_steps: expected more than {step}, since the run begins with state {step} of {path}, got "
+            f"{config.scheduler.total_steps}; raise it, as in --set scheduler.total_steps={2 * step}"
         )
     state = recorded_state(parent, step)
     same_text = parent.config.data == config.data

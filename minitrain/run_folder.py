@@ -35,6 +35,9 @@ from minitrain.errors import RunError
 from minitrain.files import write_atomic
 
 SCHEMA_VERSION = 1
+PARENT = ("run", "step", "config_hash", "digest", "chain", "settings")
+"""What the manifest of a forked run has under ``parent``: where that stands, the state that it begins with, how far the
+parent's journal went until then, and what was changed."""
 LOCK = ".lock"
 BEFORE_MANIFEST = (LOCK, "config.yaml", "tokenizer.json", "checkpoint.safetensors")
 """What a process that was killed before its manifest may leave: a run may begin there all the same."""
@@ -159,6 +162,9 @@ class RunFolder:
         try:
             manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
             version = manifest["schema_version"]
+            if (parent := manifest.get("parent")) is not None:
+                manifest["parent"] = {key: parent[key] for key in PARENT}
+                start_of(manifest)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{self.manifest}: expected the manifest of a run, got {type(error).__name__}: {error}"

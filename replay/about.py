@@ -22,7 +22,7 @@ def about(path: Path) -> dict[str, Any]:
             run = open_run(path)
         except RunError as error:
             problem = str(error)
-    saved = checkpoint_step(folder.checkpoint) if folder.checkpoint.exists() else None
+    saved = checkpoint_step(folder.checkpoint, folder.begin_again()) if folder.checkpoint.exists() else None
     steps = run.end if run else (manifest.get("outcome") or {}).get("steps", saved or 0)
     state = _state(folder, manifest, steps, saved)
     parts = sizes(folder)

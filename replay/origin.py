@@ -24,18 +24,22 @@ class FirstState(NamedTuple):
     message: str
 
 
+def require_state(run: Run, t: int) -> None:
+    """Raises RunError unless ``run`` has recorded state t."""
+    if not (run.steps and run.start <= t <= run.end):
+        there = f"{run.start} to {run.end}" if run.steps else "none"
+        raise RunError(
+            f"--step {t}: expected one of the states {there}, which {run.path} has recorded, got {t}{run.before(t)}"
+        )
+
+
 def recorded_state(run: Run, t: int) -> State:
     """State t as step t read it, or where there is no such step as the last one left it; in buffers of its own.
 
     It comes from the record, or from steps run again. Raises RunError outside the recorded states, and where neither
     gives back what was recorded.
     """
-    last = run.end
-    if not (run.steps and run.start <= t <= last):
-        there = f"{run.start} to {last}" if run.steps else "none"
-        raise RunError(
-            f"--step {t}: expected one of the states {there}, which {run.path} has recorded, got {t}{run.before(t)}"
-        )
+    require_state(run, t)
     source = RecordedRun(run)
     try:
         state = source.as_read(t)

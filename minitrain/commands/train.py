@@ -142,13 +142,10 @@ def train_text(outcome: Outcome) -> str:
 
     folder, metrics, r = outcome.folder, outcome.metrics, outcome.results
     start = start_of(folder.read_manifest())
-    behind = f", {start} of them its parent's" if start else ""
+    which = f"steps {start} to {metrics.steps - 1}" if metrics.steps > start > 0 else f"{metrics.steps} steps"
     if metrics.ended == "interrupted":
-        return (
-            f"stopped after {metrics.steps} steps{behind}; the state is saved\n"
-            f"next: minitrain train --resume --out-dir {folder.path}"
-        )
-    lines = [f"{metrics.steps} steps{behind} in {outcome.wall_clock_s:.1f} s -> {folder.path}"]
+        return f"stopped after {which}; the state is saved\nnext: minitrain train --resume --out-dir {folder.path}"
+    lines = [f"{which} in {outcome.wall_clock_s:.1f} s -> {folder.path}"]
     if metrics.first_nonfinite_step is not None:
         ending = "stopped" if metrics.ended == "nonfinite" else "went on"
         lines.append(

@@ -192,7 +192,7 @@ class Run:
         """The end of a message about a step or state that stands in the parent, if this one does."""
         if self.parent is None or not 0 <= t < self.start:
             return ""
-        return f"; it was forked from {self.parent['run']} at state {self.start}: ask there"
+        return f"; it was forked at state {self.start} from {self.parent['run']}, which has what was before"
 
     def frame(self, t: int) -> Frame:
         """What the journal says of step t. Raises RunError outside ``steps``."""

@@ -95,7 +95,9 @@ class Story:
             if math.isfinite(best)
             else "no finite validation"
         )
-        return f"{name}: {count(steps, 'step')}, {lowest}"
+        parent = self.manifest.get("parent")
+        forked = f", forked from {parent['run']} at state {parent['step']:,}" if parent else ""
+        return f"{name}: {count(steps, 'step')}{forked}, {lowest}"
 
     def sections(self) -> dict[str, str]:
         """The paragraphs by heading, in order."""
@@ -136,7 +138,7 @@ class Story:
         if not (parent := self.manifest.get("parent")):
             return ""
         text = (
-            f"The run began with state {parent['step']:,} of {parent['run']} (digest `{parent['digest'][:12]}…`), so "
+            f"The run began with state {parent['step']:,} of `{parent['run']}` (digest `{parent['digest'][:12]}…`), so "
             f"the numbers of its steps go on there, and it took {count(len(self.log.step), 'step')} of its own. "
         )
         if not (changed := parent["settings"]):
