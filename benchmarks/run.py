@@ -15,11 +15,13 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from measure import whole_command
+from measure import forensics, hooks, recording, whole_command
 from measure.about import about
 from measure.identity import golden, identity
 from measure.processes import Track, available
@@ -33,7 +35,7 @@ from sides import PEERS
 from minitrain._ext import engine
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("race", "identity", "command")
+PARTS = ("race", "identity", "command", "recording", "forensics", "hooks")
 
 
 def main() -> None:
@@ -84,7 +86,7 @@ class Measurement:
                 "steps": size.warmup + size.steps,
             }
         self.tree["sizes"] = {name: self.tree["sizes"][name] for name in SIZES if name in self.tree["sizes"]}
-        for part in (self.race, self.identity, self.command):
+        for part in (getattr(self, name) for name in PARTS):
             if part.__name__ in self.a.parts:
                 part()
                 results.save(self.stored, self.tree)
@@ -127,13 +129,27 @@ class Measurement:
             entry["minitrain"]["golden"] = golden(size)
 
     def command(self) -> None:
-        folder = self.track.scratch / "command"
-        rounds = []
+        self.rounds("command", "minitrain train", whole_command.train)
+
+    def recording(self) -> None:
+        self.rounds("recording", "recording", lambda folder: recording.one_round(folder, self.track.cores, self.say))
+
+    def forensics(self) -> None:
+        self.rounds("forensics", "looking into a recorded run", forensics.one_round)
+
+    def hooks(self) -> None:
+        self.rounds("hooks", "hooks", lambda folder: hooks.costs())
+
+    def rounds(self, name: str, what: str, measure: Callable[[Path], Any]) -> None:
+        """A part that is the same thing again and again, each time in a folder of its own."""
+        found = []
         for number in range(self.a.rounds):
-            self.say(f"round {number + 1} of {self.a.rounds}: minitrain train")
-            (folder / str(number)).mkdir(parents=True)
-            rounds.append(whole_command.train(folder / str(number)))
-        self.tree["command"] = {"about": self.about, "rounds": rounds}
+            self.say(f"round {number + 1} of {self.a.rounds}: {what}")
+            folder = self.track.scratch / name / str(number)
+            folder.mkdir(parents=True)
+            with chdir(folder):
+                found.append(measure(folder))
+        self.tree[name] = {"about": self.about, "rounds": found}
 
 
 if __name__ == "__main__":

@@ -153,5 +153,7 @@ def _tensors(
 
 
 def _require_digest(about: Mapping[str, Any], found: str, refuse: Refuse) -> None:
+    if "digest" not in about:
+        raise refuse("the digest of its tensors in the metadata", "none (written by an older version?)")
     if found != about["digest"]:
         raise refuse(f"tensors with digest {about['digest']}", f"digest {found} (the file has been changed or damaged)")

@@ -47,9 +47,10 @@ def parts(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def rewritten(path: Path, about: dict[str, Any]) -> None:
-    """The same tensors with other metadata."""
+    """The same tensors with other metadata; a key that becomes None is left out."""
     header, data = parts(path)
-    header["__metadata__"][METADATA_KEY] = json.dumps(json.loads(header["__metadata__"][METADATA_KEY]) | about)
+    changed = json.loads(header["__metadata__"][METADATA_KEY]) | about
+    header["__metadata__"][METADATA_KEY] = json.dumps({k: v for k, v in changed.items() if v is not None})
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
@@ -85,6 +86,8 @@ def test_a_flipped_bit_is_found(tmp_path: Path):
     ("about", "message"),
     [
         ({"format": "minigpt-9"}, "expected a model of format minigpt-1, got format 'minigpt-9'"),
+        ({"digest": None}, r"expected the digest of its tensors in the metadata, got none \(written by an older"),
+        ({"model": None}, "expected a readable model, got KeyError: 'model'"),
         ({"model": {"n_head": 5}}, "expected the sizes of a model, got .*n_head 5 does not divide"),
         (
             {"model": SIZES.model_dump() | {"n_layer": 2**31 - 1}},

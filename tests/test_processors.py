@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from campaigns import Campaign
 
 from minitrain import _ext
 from minitrain._ext import engine, plan
@@ -154,6 +155,10 @@ def test_bits_on_aarch64_and_older_processors(repository, tmp_path):
     missing = [tool for tool in ("apt-get", "dpkg") if not shutil.which(tool)]
     if platform.machine() != "x86_64" or missing or os.getuid():
         pytest.skip(f"{script.name} needs root on a Debian x86-64")
+    campaign = Campaign("The default run on other processors, emulated")
     done = subprocess.run([script, tmp_path / "emulated", "100"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("all the same\n")
+    campaign.tell(
+        ("run", "bits"), ("aarch64, Haswell, x86-64 without FMA: default to state 100", "those of this machine")
+    )

@@ -59,6 +59,7 @@ def steps_of(run: trainer.Outcome) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in run.folder.log_lines()]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("isa", ["avx512", "avx2"])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("val_every", [50, 1])
@@ -102,6 +103,7 @@ def test_portable_equals_golden_for_20_steps(folder, monkeypatch):
     assert len(digests) == 1
 
 
+@pytest.mark.once
 @settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(stop=st.integers(1, 59), dropout=st.sampled_from([0.0, 0.3]), tied=st.booleans(), seed=st.integers(0, 2**32 - 1))
 def test_resumed_equals_uninterrupted(tmp_path_factory, stop, dropout, tied, seed):
@@ -153,6 +155,7 @@ LONG = [
 ]
 
 
+@pytest.mark.once
 def test_killed_run_resumes_to_the_same_bits(folder):
     """kill -9 at an arbitrary instant loses nothing that a checkpoint held; the resumed run ends in the same bits."""
     trainer.prepare_data(Config())
@@ -175,6 +178,7 @@ def test_killed_run_resumes_to_the_same_bits(folder):
     ]
 
 
+@pytest.mark.once
 def test_ctrl_c_ends_at_a_step_boundary(folder):
     """One SIGINT: exit 130, a resumable run, and the command that resumes it."""
     slow = ["--set", "model.n_layer=4", "--set", "scheduler.total_steps=1500"]  # half the steps, each twice as long
@@ -242,6 +246,7 @@ def test_nonfinite(folder, mode):
         assert not outcome.folder.complete.exists()
 
 
+@pytest.mark.once
 def test_alert_of_a_run_that_does_not_learn(folder):
     """A loss that stays near ln V for 200 steps raises the alert; a default run does not."""
     slow = trainer.run(

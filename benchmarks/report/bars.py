@@ -22,6 +22,8 @@ PEAK_SHARE = 75
 TWO_THREADS = 1.8
 NEIGHBOUR = 0.8
 """Speed per FLOP against the default size."""
+PASSES = 4
+"""Of a step in which hooks are asked for: forward, backward, clip, update."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,38 @@ def bars(tree: Tree) -> Iterator[Bar | BitBar]:
         rounds = tree["command"]["rounds"]
         yield Bar("`minitrain train`, 2000 steps, import to picture", [r["wall_s"] for r in rounds], "{:.2f} s", "≤", 8)
         yield Bar("peak memory of that process", [r["memory_mb"] for r in rounds], "{:.0f} MB", "≤", 400)
+    for place, way, limit in RECORDING:
+        name = f"recording {way}, second core {'free' if place == 'free' else 'taken (one core for all)'}"
+        yield Bar(f"{name}: a step takes longer by", more(tree, place, way), "{:.1f} %", "≤", limit)
+    looks = tree.get("forensics", {}).get("rounds", [])
+    for what, key, form, scale, limit in FORENSICS:
+        yield Bar(what, [scale * r[key] for r in looks], form, "≤", limit)
+    if looks:
+        ratios = [r["verify_s"] / r["training_s"] for r in looks]
+        yield Bar("`minitrain verify` over the training that it verifies", ratios, "{:.2f}×", "≤", 1)
+    heard = tree.get("hooks", {}).get("rounds", [])
+    if heard:
+        asking = [100 * PASSES * r["fires"]["a pass, nobody listening"] / r["steps"]["nobody"] for r in heard]
+        yield Bar("nobody listening: share of a default step", asking, "{:.3f} %", "≤", 0.5)
+        for what, key, limit in (
+            ("a probe of no elements", "a probe, 0 elements", 15),
+            ("a Python hook, beside its call", "a Python hook, its call taken off", 100),
+        ):
+            yield Bar(what, [1e9 * r["fires"][key] for r in heard], "{:.1f} ns", "≤", limit)
+
+
+RECORDING = (("free", "keyframes", 5), ("free", "every step", 10), ("pinned", "every step", 30))
+"""Per cent of a step."""
+FORENSICS = (
+    ("`minitrain replay RUN --step 500` of 2000 steps", "replay_s", "{:.2f} s", 1, 1.0),
+    ("`run.moments(t)`", "moments_s", "{:.2f} ms", 1e3, 5),
+)
+
+
+def more(tree: Tree, place: str, way: str, what: str = "step_s") -> list[float]:
+    """By how many per cent recording that way makes a step longer, each round by itself."""
+    rounds = [r[place] for r in tree.get("recording", {}).get("rounds", [])]
+    return [100 * (r[way][what] / r["not recorded"][what] - 1) for r in rounds]
 
 
 def _race_bars(name: str, title: str, one: Race, two: Race) -> Iterator[Bar]:

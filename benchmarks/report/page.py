@@ -8,6 +8,7 @@ from sides import PEERS
 
 from report.bars import Bar, BitBar, bars
 from report.results import Race, Tree, same_bits
+from report.watching import forensics, hooks, recording
 
 HEAD = """\
 # Benchmark results
@@ -64,7 +65,7 @@ NOT_MEASURED = """\
 def page(tree: Tree) -> str:
     parts = [HEAD, _where(tree), READING, _bars(tree)]
     parts += [_size(size) for size in tree["sizes"].values() if "race" in size]
-    parts += [_identity(tree), _command(tree), _not_won(tree)]
+    parts += [_identity(tree), _command(tree), recording(tree), forensics(tree), hooks(tree), _not_won(tree)]
     parts.append(SIDES_SAID.format(compile_tried=COMPILE_TRIED, jax_tried=JAX_TRIED))
     return "\n".join(part for part in parts if part)
 
@@ -82,8 +83,9 @@ def _where(tree: Tree) -> str:
             note(size["race"]["about"], f"race {name}")
         for side, found in size.get("identity", {}).items():
             note(found["about"], f"bits {name} {side}")
-    if "command" in tree:
-        note(tree["command"]["about"], "command")
+    for part in ("command", "recording", "forensics", "hooks"):
+        if part in tree:
+            note(tree[part]["about"], part)
     lines = ["## Where and when", ""]
     for about, what in measured.values():
         vectors = ", ".join(isa for isa in about["isas"])
@@ -234,8 +236,8 @@ def _identity(tree: Tree) -> str:
     if len(lines) == 6:
         return ""
     default = tree["sizes"].get("default", {}).get("identity", {}).get("minitrain", {})
-    if default.get("golden"):
-        last = [run["digest"] for run in default["runs"] if "digest" in run and run["steps"] > 20]
+    last = [run["digest"] for run in default.get("runs", []) if "digest" in run and run["steps"] > 20]
+    if default.get("golden") and last:
         is_golden = all(digest == default["golden"] for digest in last)
         told = "is" if is_golden else "**is not**"
         lines += ["", f"minitrain's digest at the default size {told} the one of `minitrain selftest`."]

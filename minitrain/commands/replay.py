@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from minitrain.errors import RunError, did_you_mean
-from minitrain.terminal import json_option
+from minitrain.terminal import columns, json_option
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -203,20 +203,13 @@ def _number(value: Any) -> Any:
 
 
 def print_table(rows: list[SiteReport]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("site", "phase", "finite"):
-        table.add_column(name, no_wrap=True)
-    for name in ("min", "max", "mean |x|"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("record", no_wrap=True)
-    words = {True: "same", False: "[red]differs[/red]", None: "-"}
-    for row in rows:
-        figures = ("-" if math.isnan(x) else f"{x:.4g}" for x in (row.min, row.max, row.mean_abs))
-        table.add_row(row.site, row.phase, "yes" if row.finite else "NO", *figures, words[row.digest_match])
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+    words = {True: "same", False: click.style("differs", "red"), None: "-"}
+    figures = [["-" if math.isnan(x) else f"{x:.4g}" for x in (row.min, row.max, row.mean_abs)] for row in rows]
+    lines = [
+        (row.site, row.phase, "yes" if row.finite else "NO", *numbers, words[row.digest_match])
+        for row, numbers in zip(rows, figures, strict=True)
+    ]
+    click.echo(columns(("site", "phase", "finite", "min", "max", "mean |x|", "record"), lines, right=(3, 4, 5)))
 
 
 def verdict_text(replay: Replay, done: Done) -> str:

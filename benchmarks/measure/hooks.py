@@ -1,7 +1,5 @@
 """What listening costs: nobody, probes and Python hooks, a fire at a time and over a default step.
 
-    python benchmarks/hooks.py
-
 A fire is measured on a plan of a thousand sites without operations; the call of the Python function itself is measured
 too and taken off. Of a step the fastest of many is told; what stands beside is measured in turn with it.
 """
@@ -21,8 +19,6 @@ from minitrain.optim import AdamW
 
 FIRES = 1000
 ROUNDS = 400
-PASSES = 4
-"""Of a step in which hooks are asked for: forward, backward, clip, update."""
 SEQUENCES = 8
 
 
@@ -107,7 +103,19 @@ def not_due(hooks: Hooks) -> None:
     hooks.step = 1
 
 
-def main() -> None:
+WAYS: dict[str, Callable[[Hooks], object]] = {
+    "nobody": lambda hooks: None,
+    "nobody, again": lambda hooks: None,
+    "a probe at every site that is not due": not_due,
+    "a Python hook at one site": lambda hooks: hooks.listen(listener, "loss"),
+    "a Python hook at every site": python,
+    "a probe of the parameters": lambda hooks: hooks.probe("param.*"),
+    "a probe at every site": Hooks.probe,
+}
+
+
+def costs() -> dict[str, dict[str, float]]:
+    """Seconds of a fire of each kind, and of a step with each set of hooks."""
     fires = {
         "a pass, nobody listening": nobody(),
         "a hook that is not due": per_fire(not_due),
@@ -116,25 +124,4 @@ def main() -> None:
         "a Python hook, its call taken off": per_fire(python) - call(),
         "the call": call(),
     }
-    print("| | ns |\n|---|---|")
-    for name, seconds in fires.items():
-        print(f"| {name} | {1e9 * seconds:.1f} |")
-    ways: dict[str, Callable[[Hooks], object]] = {
-        "nobody": lambda hooks: None,
-        "nobody, again": lambda hooks: None,
-        "a probe at every site that is not due": not_due,
-        "a Python hook at one site": lambda hooks: hooks.listen(listener, "loss"),
-        "a Python hook at every site": python,
-        "a probe of the parameters": lambda hooks: hooks.probe("param.*"),
-        "a probe at every site": Hooks.probe,
-    }
-    timed = steps(ways)
-    share = PASSES * fires["a pass, nobody listening"] / timed["nobody"]
-    print(f"\nNobody listening costs {100 * share:.3f} % of a default step.")
-    print("\n| a step with | µs | more |\n|---|---|---|")
-    for name, seconds in timed.items():
-        print(f"| {name} | {1e6 * seconds:.0f} | {100 * (seconds / timed['nobody'] - 1):+.1f} % |")
-
-
-if __name__ == "__main__":
-    main()
+    return {"fires": fires, "steps": steps(WAYS)}

@@ -1,0 +1,67 @@
+"""The part of the page about recording a run, looking into its record, and listening at its sites."""
+
+from __future__ import annotations
+
+from report.bars import more
+from report.results import Figure, Tree
+
+
+def recording(tree: Tree) -> str:
+    if "recording" not in tree:
+        return ""
+    rounds = tree["recording"]["rounds"]
+    lines = [
+        "## Recording",
+        "",
+        "The mean time of a default step, until everything is on disk, against that of a step that is not recorded in "
+        "the same round; *processor* is the time of all threads together. *free* leaves the second core to the "
+        "recorder's threads, *pinned* gives the whole process one core. Validations are left out, and so is making the "
+        "folder.",
+        "",
+        "| core | recorded | ms a step | longer | processor | bytes a step | bytes a parameter and step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    parameters = tree["sizes"]["default"]["about"]["parameters"]
+    for place, ways in rounds[0].items():
+        for way, first in ways.items():
+            least = min(r[place][way]["step_s"] for r in rounds)
+            cells = [place, way, f"{1e3 * least:.3f}", "", "", "", ""]
+            if way != "not recorded":
+                cells[3:5] = (
+                    Figure(more(tree, place, way, key)).show("{:+.1f} %") for key in ("step_s", "processor_s")
+                )
+                cells[5:] = f"{first['bytes']:,.0f}", f"{first['bytes'] / parameters:.2f}"
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def forensics(tree: Tree) -> str:
+    if "forensics" not in tree:
+        return ""
+    rounds = tree["forensics"]["rounds"]
+    told = {
+        "`minitrain train` (2000 steps, every step recorded)": "training_s",
+        "`minitrain replay RUN --step 500`": "replay_s",
+        "`minitrain verify RUN`": "verify_s",
+        "`minitrain info RUN`": "info_s",
+    }
+    lines = ["## Looking into a recorded run", "", "| from the shell, nothing pinned | s |", "|---|---|"]
+    lines += [f"| {what} | {Figure([r[key] for r in rounds]).show('{:.2f}')} |" for what, key in told.items()]
+    reads = Figure([r["moments_s"] for r in rounds]).show("{:.2f}", 1e3)
+    return "\n".join([*lines, f"\n`run.moments(t)` of an open run: {reads} ms."]) + "\n"
+
+
+def hooks(tree: Tree) -> str:
+    if "hooks" not in tree:
+        return ""
+    rounds = tree["hooks"]["rounds"]
+    lines = ["## Listening", "", "| once | ns |", "|---|---|"]
+    lines += [
+        f"| {what} | {Figure([r['fires'][what] for r in rounds]).show('{:.1f}', 1e9)} |" for what in rounds[0]["fires"]
+    ]
+    lines += ["", "| a default step with | µs | longer |", "|---|---|---|"]
+    for what in rounds[0]["steps"]:
+        least = min(r["steps"][what] for r in rounds)
+        longer = Figure([100 * (r["steps"][what] / r["steps"]["nobody"] - 1) for r in rounds]).show("{:+.1f} %")
+        lines.append(f"| {what} | {1e6 * least:.0f} | {longer} |")
+    return "\n".join(lines) + "\n"
