@@ -109,15 +109,17 @@ class Done:
 
 def steps_of(replay: Replay, step: int | None, last: int | None) -> tuple[int, int]:
     """The first and the last step to run. A bundle has but one."""
+    from minitrain.replay.source import span
+
     there = replay.source.steps
     if step is None:
         if not replay.source.path.is_file():
-            raise click.UsageError(f"expected --step N, one of the recorded steps 0..{len(there) - 1}")
+            raise click.UsageError(f"expected --step N, one of the recorded steps {span(there)}")
         step = there[0]
     if last is not None and last < step:
         raise click.UsageError(f"--to {last}: expected {step} or a later step, since the first is --step {step}")
     if last is not None and step in there and last not in there:
-        raise RunError(f"--to {last}: expected one of the recorded steps {there[0]}..{there[-1]}, got {last}")
+        raise RunError(f"--to {last}: expected one of the recorded steps {span(there)}, got {last}")
     return step, step if last is None else last
 
 
