@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from minitrain.config import Config
-from minitrain.data.batches import EvalBatches, TrainBatches
+from minitrain.data.batches import Batch, EvalBatches, TrainBatches
 from minitrain.data.prepare import Prepared, prepare
+from minitrain.data.tokenizer import Tokenizer
 from minitrain.environment import hardware
 from minitrain.errors import ConfigError
 from minitrain.hooks import Hooks
+from minitrain.inject import Injector
 from minitrain.model import MiniGPT, make_backend
 from minitrain.optim import AdamW
 from minitrain.schedule import Scheduler
@@ -62,6 +65,8 @@ class Learner:
     model: MiniGPT
     optimizer: AdamW
     scheduler: Scheduler
+    injector: Injector
+    """Listens at the sites that it is to change before anybody else does."""
 
     @property
     def hooks(self) -> Hooks:
@@ -91,20 +96,27 @@ class Parts(Learner):
     validation: EvalBatches
 
 
-def learner(config: Config) -> Learner:
-    """Model, optimizer and scheduler as configured, at state 0."""
+def learner(
+    config: Config,
+    batches: Callable[[int], Batch] | None = None,
+    tokenizer: Callable[[], Tokenizer] | None = None,
+) -> Learner:
+    """Model, optimizer, scheduler and injections as configured, at state 0; see `Injector`."""
     training = config.training
     backend = make_backend(training.backend, training.threads)
     model = MiniGPT(config.model, seed=training.rng_seed, backend=backend)
     optimizer = AdamW(config.optimizer, backend=backend, hooks=model.hooks)
-    return Learner(model, optimizer, Scheduler.from_config(config))
+    injector = Injector(config, batches, tokenizer)
+    injector.listen(model.hooks, model.activations)
+    return Learner(model, optimizer, Scheduler.from_config(config), injector)
 
 
 def assemble(config: Config, data: Prepared) -> Parts:
     """Batches, model, optimizer and scheduler as configured."""
     training = config.training
+    batches = TrainBatches(data.train, training.batch_size, training.data_seed, config.data.batching)
     return Parts(
-        **vars(learner(config)),
-        batches=TrainBatches(data.train, training.batch_size, training.data_seed, config.data.batching),
+        **vars(learner(config, batches.batch_at, lambda: data.tokenizer)),
+        batches=batches,
         validation=EvalBatches(data.val, training.batch_size),
     )

@@ -1,4 +1,4 @@
-"""The configuration of a run: five sections of a YAML file, each with a default, every key checked.
+"""The configuration of a run: six sections of a YAML file and a list, each with a default, every key checked.
 
 `load_config` reads a file, lays ``section.key=value`` overrides over it and checks the result. Whatever is
 wrong is told at once, a line for each mistake: the key, what was expected, what came, and where it stands.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from minitrain.errors import ConfigError, did_you_mean
+from minitrain.errors import ConfigError, did_you_mean, shown
 from minitrain.rng import SEED_LIMIT
+from minitrain.shorthand import INJECTION_NAME, OPTIONS, SHORT, spelt_out
+from minitrain.yaml_files import parse_yaml, read_sections, yaml
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
-    from ruamel.yaml import YAML
 
 NOT_HASHED = (
     "training.threads",
@@ -192,6 +192,22 @@ class RecordConfig(_Section):
     on_error: Literal["stop", "continue"] = "stop"
 
 
+class Injection(_Section):
+    """A fault that is caused on purpose at ``step`` (a setting: from there on); inject.py has the table of names.
+
+    None where nothing was said: `inject.resolved` puts the fault's own value there, if it takes one.
+    """
+
+    name: Annotated[str, Field(description=INJECTION_NAME)]
+    step: Annotated[int, _integer(0, _INT32_MAX)]
+    target: Annotated[str | None, Field(description="the name of a tensor or site")] = None
+    element: Annotated[
+        list[CountOrZero] | None, Field(min_length=1, description="a list of indices, as in [3, 7], each 0 or more")
+    ] = None
+    factor: Annotated[float | None, Field(description="a finite number")] = None
+    bit: Annotated[int | None, _integer(0, 31)] = None
+
+
 class Config(_Section):
     """A checked configuration: ``Config()`` is the default run, `load_config` reads one from a file."""
 
@@ -201,9 +217,14 @@ class Config(_Section):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     record: RecordConfig = Field(default_factory=RecordConfig)
+    injections: list[Injection] = Field(default_factory=list)
 
 
-_KEYS = {name: cast(type[_Section], field.annotation).model_fields for name, field in Config.model_fields.items()}
+_KEYS = {
+    name: cast(type[_Section], field.annotation).model_fields
+    for name, field in Config.model_fields.items()
+    if name != "injections"
+}
 """The fields of each section, by key."""
 
 
@@ -216,7 +237,14 @@ def load_config(
     An override's value is YAML too: ``optimizer.clip=null``, ``optimizer.lr_max=3e-4``; the last of two wins.
     Raises ConfigError: one line if the file cannot be read as a mapping, else a line for every mistake.
     """
-    tree, places = ({}, {}) if path is None else _read_file(Path(path))
+    return read_config(path, overrides, below)[0]
+
+
+def read_config(
+    path: Path | str | None, overrides: Sequence[str] = (), below: tuple[Config, str] | None = None
+) -> tuple[Config, Mapping[str, str]]:
+    """As `load_config`, and where each key stands."""
+    tree, places = ({}, {}) if path is None else read_sections(Path(path))
     if below:
         tree, places = _over(below[0].model_dump(), below[1], tree, places)
     mistakes = []
@@ -225,7 +253,7 @@ def load_config(
             _override(text, tree, places)
         except ConfigError as error:
             mistakes.append(str(error))
-    return _checked(tree, places, mistakes)
+    return _checked(tree, places, mistakes), places
 
 
 def config_from(tree: dict[str, Any], source: str) -> Config:
@@ -239,7 +267,7 @@ def config_from(tree: dict[str, Any], source: str) -> Config:
 def to_yaml(config: Config) -> str:
     """Every key as YAML, in the order of this file; `load_config` reads back an equal config."""
     stream = io.StringIO()
-    _yaml().dump(config.model_dump(), stream)
+    yaml().dump(config.model_dump(), stream)
     return stream.getvalue()
 
 
@@ -256,72 +284,22 @@ def tree_hash(tree: Mapping[str, Any]) -> str:
 
 def differing_keys(a: Config, b: Config) -> list[str]:
     """Lines such as ``training.batch_size: 8 -> 16``, one for each key whose value differs from a to b."""
-    before, after = _flat(a.model_dump()), _flat(b.model_dump())
+    before, after = ({"injections": [], **_flat(config.model_dump())} for config in (a, b))
     changed = [key for key in before if before[key] != after[key]]
     return [f"{key}: {_spelt(before[key])} -> {_spelt(after[key])}" for key in changed]
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """{section: {key: value}} -> {"section.key": value}; what is not a section is left out."""
+    """{section: {key: value}} -> {"section.key": value}, and the list of injections, if there are any."""
     sections = {name: body for name, body in tree.items() if isinstance(body, Mapping)}
-    return {f"{name}.{key}": value for name, body in sections.items() for key, value in body.items()}
+    flat = {f"{name}.{key}": value for name, body in sections.items() for key, value in body.items()}
+    return flat | ({"injections": tree["injections"]} if tree.get("injections") else {})
 
 
-# Reading: values by section and key, and beside them the places where they stand.
+# Reading: values by section and key, and beside them the places where they stand (yaml_files.py).
 
 _Tree = dict[str, Any]
 _Places = dict[str, str]
-
-
-def _yaml() -> YAML:
-    """YAML 1.2: 3e-4 is a number, a key that stands twice an error, and no tag builds an object."""
-    from ruamel.yaml import YAML  # not at import: a replay takes its config from the manifest's JSON
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    return yaml
-
-
-def _read_file(path: Path) -> tuple[_Tree, _Places]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a readable YAML file, got: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        byte = f"the byte {error.object[error.start]:#04x} at offset {error.start}"
-        raise ConfigError(f"{path}: expected UTF-8 text, got {byte}") from error
-    tree = parse_yaml(text, str(path))
-    if tree is None:
-        return {}, {}
-    if type(tree) is not dict:  # !!omap is a list in the file, whatever it becomes
-        raise ConfigError(f"{path}: expected sections such as 'model:' at the top level, got {_shown(tree)}")
-    # A section whose keys are all commented out reads as null: it is empty, not wrong.
-    sections = {name: {} if body is None else body for name, body in tree.items()}
-    return sections, _places(_yaml().compose(text), path)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """What a YAML 1.2 text says; ``source`` names it in the message. Raises ConfigError where it is no YAML."""
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        return _yaml().load(text)
-    except (YAMLError, RecursionError, ValueError, KeyError) as error:  # the last two: 2001-99-99, !!bool x
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise ConfigError(f"{where}: expected YAML, got a syntax error: {problem}") from error
-
-
-def _places(root: Any, path: Path) -> _Places:
-    """``file:line`` of each section and key, from YAML nodes; a merged key has only its section's."""
-    places = {}
-    for section, body in root.value:
-        places[f"{section.value}"] = f"{path}:{section.start_mark.line + 1}"
-        for key, _ in body.value if body.id == "mapping" else ():
-            places[f"{section.value}.{key.value}"] = f"{path}:{key.start_mark.line + 1}"
-    return places
 
 
 def _over(low: _Tree, name: str, tree: _Tree, places: _Places) -> tuple[_Tree, _Places]:
@@ -335,7 +313,8 @@ def _over(low: _Tree, name: str, tree: _Tree, places: _Places) -> tuple[_Tree, _
 def _override(text: str, tree: _Tree, places: _Places) -> None:
     """Lay one ``section.key=value`` over the tree. Raises ConfigError if it has another form."""
     name, equals, value = text.partition("=")
-    section, dot, key = name.strip().partition(".")
+    option, name = OPTIONS.get(name.strip(), ("--set", name.strip()))
+    section, dot, key = name.partition(".")
     if not (equals and dot and key):
         example = f"section.key=value, as in model.n_layer=4{_belongs(section)}"
         raise ConfigError(f"--set {text}: expected {example}")
@@ -343,16 +322,23 @@ def _override(text: str, tree: _Tree, places: _Places) -> None:
         raise ConfigError(f"--set {text}: expected a value after '=' (null for none)")
     parsed = parse_yaml(value, f"--set {section}.{key}")
     body = tree.get(section, {})
+    if section == "injection" and isinstance(body, str):
+        body = {"name": body}
     if isinstance(body, dict):  # else the section itself is the mistake, told with the others
         tree[section] = body | {key: parsed}
-    places.setdefault(section, "--set")
-    places[f"{section}.{key}"] = "--set"
+    places.setdefault(section, option)
+    places[f"{section}.{key}"] = option
 
 
 # Checking: pydantic finds every mistake; the words are ours.
 
 
 def _checked(tree: _Tree, places: _Places, mistakes: list[str]) -> Config:
+    try:
+        tree = spelt_out(tree, places)
+    except ConfigError as error:
+        mistakes = [*mistakes, str(error)]
+        tree = {name: body for name, body in tree.items() if name not in SHORT}
     try:
         # Every section is given, if only empty: its default would build the section's schema a second time.
         config = Config.model_validate({name: {} for name in _KEYS} | tree)
@@ -366,6 +352,8 @@ def _checked(tree: _Tree, places: _Places, mistakes: list[str]) -> Config:
 def _explain(error: ErrorDetails, places: _Places) -> str:
     """One line about one mistake: the key, what was expected, what came, where."""
     section, *rest = (str(part) for part in error["loc"])
+    if section == "injections":
+        return _explain_injection(error, rest, places)
     if error["type"] == "conflict":
         keys = [key for key in error["ctx"] if key in _KEYS[section]]
         where = ", ".join(f"{key}: {places.get(f'{section}.{key}', 'default')}" for key in keys)
@@ -376,8 +364,27 @@ def _explain(error: ErrorDetails, places: _Places) -> str:
         unknown = _unknown("key", rest[0], _KEYS[section]) if rest else _unknown("section", section, _KEYS)
         return f"{name}: {unknown} ({where})"
     if not rest:
-        return f"{name}: expected a mapping of keys to values, got {_shown(error['input'])} ({where})"
+        return f"{name}: expected a mapping of keys to values, got {shown(error['input'])} ({where})"
     return f"{name}: expected {_expected(_KEYS[section][rest[0]], error['input'])} ({where})"
+
+
+def _explain_injection(error: ErrorDetails, rest: list[str], places: _Places) -> str:
+    """One line about a mistake in the list of injections, under the name by which it was written there."""
+    number, key = (*rest, "", "")[:2]
+    at = ".".join(["injections", *rest[:2]])
+    where = places.get(at) or places.get(f"injections.{number}") or places.get("injections", "default")
+    name = f"injections[{number}]" if number else "injections"
+    if "injection" in places:
+        name = "injection"
+    fields = Injection.model_fields
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        return f"{name}.{key}: {_unknown('key', key, fields)} ({where})"
+    if error["type"] == "missing":
+        return f"{name}.{key}: expected {fields[key].description}, got none ({where})"
+    if key:
+        return f"{name}.{key}: expected {_expected(fields[key], error['input'])} ({where})"
+    kind = "a mapping such as {name: scale, step: 500}" if number else "a list of injections"
+    return f"{name}: expected {kind}, got {shown(error['input'])} ({where})"
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
@@ -394,13 +401,10 @@ def _expected(field: FieldInfo, value: object) -> str:
     """``<what was expected>, got <what came>``; only a field of fixed choices has no description."""
     choices = () if field.description else get_args(field.annotation)
     near = did_you_mean(value, choices) if isinstance(value, str) else ""
-    return f"{field.description or ' or '.join(choices)}, got {_shown(value)}{near}"
-
-
-def _shown(value: object) -> str:
-    """A value as YAML spells it, cut short: what came may be a whole document."""
-    return _spelt(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
+    return f"{field.description or ' or '.join(choices)}, got {shown(value)}{near}"
 
 
 def _spelt(value: object) -> str:
+    if isinstance(value, list):  # of injections
+        return ", ".join(f"{one['name']} at step {one['step']}" for one in value) or "none"
     return json.dumps(value, ensure_ascii=False)

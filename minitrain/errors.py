@@ -7,6 +7,8 @@ bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import json
+import reprlib
 from collections.abc import Iterable
 
 
@@ -40,3 +42,8 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """The end of a message: ``; did you mean 'x'?``, or an empty string when nothing is near."""
     near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def shown(value: object) -> str:
+    """A value as YAML spells it, cut short: what came may be a whole document."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from minitrain.config import Config, differing_keys, load_config
+from minitrain.config import Config, differing_keys
 from minitrain.errors import ConfigError
+from minitrain.inject import load
 from minitrain.record.recorded import open_run
 from minitrain.replay.origin import parent_of, recorded_state, require_state
 from minitrain.trainer import Origin
@@ -28,7 +29,7 @@ def fork(
     """
     parent = open_run(path)
     require_state(parent, step)
-    config = load_config(settings_file, overrides, below=(parent.config, str(parent.folder.manifest)))
+    config = load(settings_file, overrides, below=(parent.config, str(parent.folder.manifest)))
     changed = differing_keys(parent.config, config)
     if wrong := [line for line in changed if line.startswith("model.") and not line.startswith(MAY_CHANGE)]:
         raise ConfigError(

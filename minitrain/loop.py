@@ -21,6 +21,7 @@ from minitrain.data.batches import Batch
 from minitrain.environment import git_state, hardware, versions
 from minitrain.errors import DataError
 from minitrain.files import write_json
+from minitrain.inject import Injector, maybe_inject
 from minitrain.model import MiniGPT
 from minitrain.optim import AdamW
 from minitrain.schedule import Scheduler
@@ -74,28 +75,40 @@ class Listener(Protocol):
         return None
 
 
-def train_step(model: MiniGPT, optimizer: AdamW, scheduler: Scheduler, batch: Batch) -> StepStats:
+def train_step(
+    model: MiniGPT, optimizer: AdamW, scheduler: Scheduler, batch: Batch, injector: Injector | None = None
+) -> StepStats:
     """Turn state t into state t+1, in place."""
-    with Environment():  # for Python's own doubles; the engine sees to its threads itself
-        step = model.step = scheduler.step_count
+    step = model.step = scheduler.step_count
+    settings = maybe_inject("optimizer", step, optimizer.config, injector)
+    with Environment(), optimizer.using(settings):  # for Python's own doubles; the engine sees to its threads itself
         _, loss = model.forward(batch.inputs, batch.targets, batch.attn_pad_mask, batch.loss_mask)
-        grads = model.backward()
+        grads = maybe_inject("gradients", step, model.backward(), injector)
         norms = optimizer.clip(model.params, grads)  # finiteness is known here, before the update
-        optimizer.lr = scheduler.lr
+        optimizer.lr = maybe_inject("lr", step, scheduler.lr, injector)
         optimizer.update(model.params, grads)
         scheduler.step()
+        if injector:
+            m, v = optimizer.bind(model.params, grads)
+            maybe_inject("state", step, State(scheduler.step_count, model.params, m, v), injector)
     return StepStats(step, loss, optimizer.lr, norms.before, norms.after, model.loss_sum[1])
 
 
 def watched_step(
-    model: MiniGPT, optimizer: AdamW, scheduler: Scheduler, batch: Batch, listeners: Sequence[Listener]
+    model: MiniGPT,
+    optimizer: AdamW,
+    scheduler: Scheduler,
+    batch: Batch,
+    listeners: Sequence[Listener],
+    injector: Injector | None = None,
 ) -> StepStats:
-    """`train_step`, with the listeners told before and after it."""
+    """`train_step`, with the listeners told before and after it. ``batch`` is what the data give this step."""
+    batch = maybe_inject("batch", scheduler.step_count, batch, injector)
     m, v = optimizer.bind(model.params, model.grads)
     state = State(scheduler.step_count, model.params, m, v)
     for listener in listeners:
         listener.starting(state.step, batch, state)
-    stats = train_step(model, optimizer, scheduler, batch)
+    stats = train_step(model, optimizer, scheduler, batch, injector)
     state = State(scheduler.step_count, model.params, m, v)
     for listener in listeners:
         listener.stepped(stats, state)
@@ -155,6 +168,7 @@ def train(
     manifest_path: Path | str | None = None,
     *,
     listeners: Sequence[Listener] = (),
+    injector: Injector | None = None,
     on_nonfinite: str = "stop",
     stop: Callable[[], bool] = lambda: False,
 ) -> Metrics:
@@ -186,7 +200,7 @@ def train(
             return metrics
         if step and step % val_every == 0:
             validate(step)
-        stats = watched_step(model, optimizer, scheduler, next_batch(step), listeners)
+        stats = watched_step(model, optimizer, scheduler, next_batch(step), listeners, injector)
         metrics.steps, metrics.final_loss = step + 1, stats.loss
         if step % log_every == 0:
             logger.info("step %d loss %.4f lr %.3g grad_norm %.3f", step, stats.loss, stats.lr, stats.grad_norm)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -61,10 +62,15 @@ class Recurrence:
         self._plan = Plan(backend)
         self._plan.add("adamw_theta", params.flat, self._m, self._v, params.offsets, decays, self._hyper)
 
-    def __call__(self, m: NDArray[np.float32], v: NDArray[np.float32], lr: float, t: int) -> None:
-        """Update ``t``, counted from 1, of ``params`` in place; m and v (P,) are those that it left."""
+    def __call__(
+        self, m: NDArray[np.float32], v: NDArray[np.float32], lr: float, t: int, config: OptimizerConfig | None = None
+    ) -> None:
+        """Update ``t``, counted from 1, of ``params`` in place; m and v (P,) are those that it left.
+
+        ``config`` is what this update goes by, where it is another.
+        """
         self._m[:], self._v[:] = m, v
-        self._hyper[:] = hyper_row(self._config, lr, t)
+        self._hyper[:] = hyper_row(config or self._config, lr, t)
         self._plan.run()
 
 
@@ -125,6 +131,15 @@ class AdamW:
     def plans(self) -> list[Plan]:
         """What a step with clipping runs, in order; for measuring it."""
         return [self._norm.plan, self._scale, self._adamw]
+
+    @contextmanager
+    def using(self, config: OptimizerConfig) -> Iterator[None]:
+        """Go by this configuration inside the ``with`` block."""
+        own, self.config = self.config, config
+        try:
+            yield
+        finally:
+            self.config = own
 
     def clip(self, params: Tensors, grads: Tensors) -> Norms:
         """Clip in place: elements to +-clip_value, then the whole to norm clip, by min(1, clip / (norm + 1e-12)).

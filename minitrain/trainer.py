@@ -22,6 +22,7 @@ from minitrain.data.prepare import Prepared
 from minitrain.environment import git_state, hardware, peak_rss_mb, versions
 from minitrain.errors import RunError
 from minitrain.files import write_atomic, write_json
+from minitrain.inject import resolved
 from minitrain.loop import Evaluation, Listener, Metrics, StepStats, evaluate, perplexity, train
 from minitrain.model import MiniGPT
 from minitrain.record.journal import FINGERPRINT
@@ -75,6 +76,7 @@ def run(
     Raises MinitrainError with nothing half written: everything is checked before the folder is touched.
     """
     started = time.perf_counter()
+    config = resolved(config)
     folder = RunFolder(out_dir)
     if resume:
         require_unfinished(folder, config)
@@ -116,6 +118,7 @@ def run(
                 config.training.log_every,
                 config.training.rng_seed,
                 listeners=[*([recorder] if recorder else []), keeper, *(make(parts) for make in watchers), *listeners],
+                injector=parts.injector,
                 on_nonfinite=config.training.on_nonfinite,
                 stop=stop,
             )

@@ -51,14 +51,22 @@ ROOM, RATIO = 64 << 20, 20
 _ARRAYS = ("inputs", "targets", "attn_pad_mask", "loss_mask", "rows")
 
 
-def write_bundle(path: Path, source: Source, state: State, batch: Batch) -> None:
-    """Step t of ``source``, which is about to read this state and batch. Raises OSError; no half file is left."""
+def write_bundle(path: Path, source: Source, state: State) -> None:
+    """Step t of ``source``, which is about to read this state. Raises OSError; no half file is left.
+
+    The batch is the one that the data give; what a recorded injection makes of it follows from the manifest.
+    """
+    batch = source.batches.batch_at(state.step)
+    arrays = {name: getattr(batch, name) for name in _ARRAYS}
+    if _needs_the_batch_before(source.config, state.step):
+        before = source.batches.batch_at(state.step - 1)
+        arrays |= {f"before.{name}": getattr(before, name) for name in _ARRAYS}
     samples = [{"id": id, "text": text} for id, text in zip(batch.ids, source.texts(batch), strict=True)]
     content = {
         "manifest.json": _json(source.manifest),
         "frame.msgpack": _pack(source.frame(state.step)),
         "state.safetensors": save({name: np.ascontiguousarray(t) for name, t in named_tensors(state).items()}),
-        "batch.safetensors": save({name: np.ascontiguousarray(getattr(batch, name)) for name in _ARRAYS}),
+        "batch.safetensors": save({name: np.ascontiguousarray(x) for name, x in arrays.items()}),
         "samples.json": _json(samples),
         "tokenizer.json": source.tokenizer,
     }
@@ -74,6 +82,10 @@ def write_bundle(path: Path, source: Source, state: State, batch: Batch) -> None
     write_atomic(path, gzip.compress(tape.getvalue(), 6, mtime=0))
 
 
+def _needs_the_batch_before(config: Config, step: int) -> bool:
+    return any(one.name == "duplicate_batch" and one.step == step for one in config.injections)
+
+
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
@@ -84,7 +96,7 @@ class Bundle:
     def __init__(self, path: Path, manifest: dict[str, Any], config: Config, frame: Frame, held: _Held) -> None:
         self.path, self.manifest, self.config = path, manifest, config
         self.steps = range(frame.step, frame.step + 1)
-        self.batches: Batches = _OneBatch(held.batch, frame.step, config.training.batch_size, manifest)
+        self.batches: Batches = _HeldBatches(held.batches, frame.step, config.training.batch_size, manifest)
         self.tokenizer = held.tokenizer
         self._frame, self._held = frame, held
 
@@ -98,7 +110,7 @@ class Bundle:
         return self._frame
 
     def texts(self, batch: Batch) -> list[str]:
-        return self._held.texts
+        return [self._held.texts.get(row, "") for row in batch.rows.tolist()]
 
     def nearest(self, t: int) -> State:
         state = empty_state(self.config, t)
@@ -111,16 +123,18 @@ class Bundle:
 
 class _Held(NamedTuple):
     state: State
-    batch: Batch
-    texts: list[str]
+    batches: dict[int, Batch]
+    """By step: that of the bundle's, and where an injection asks for it the one before."""
+    texts: dict[int, str]
+    """By row."""
     tokenizer: bytes
 
 
-class _OneBatch:
-    """The batch of one step, and where in the data it stands."""
+class _HeldBatches:
+    """The batches that a bundle holds, and where in the data they stand."""
 
-    def __init__(self, batch: Batch, step: int, batch_size: int, manifest: Mapping[str, Any]) -> None:
-        self._batch, self._step, self._batch_size = batch, step, batch_size
+    def __init__(self, batches: dict[int, Batch], step: int, batch_size: int, manifest: Mapping[str, Any]) -> None:
+        self._batches, self._step, self._batch_size = batches, step, batch_size
         self._samples: int = manifest["samples"]["train"]
 
     def position(self, step: int) -> dict[str, int]:
@@ -128,13 +142,16 @@ class _OneBatch:
         return {"epoch": epoch, "offset": offset}
 
     def batch_at(self, step: int) -> Batch:
-        if step != self._step:
+        if step not in self._batches:
             raise RunError(f"step {step}: expected {self._step}, the one step of the bundle, got {step}")
-        return self._batch
+        return self._batches[step]
 
 
-def open_bundle(path: Path) -> Bundle:
-    """Raises RunError where the file is no bundle, of another format, damaged, or not as big as it claims."""
+def open_bundle(path: Path, *, blind: bool = False) -> Bundle:
+    """The bundle in this file; ``blind`` leaves the injections of its configuration out.
+
+    Raises RunError where the file is no bundle, of another format, damaged, or not as big as it claims.
+    """
     content = _members(path)
 
     def refuse(expected: str, got: object) -> RunError:
@@ -158,11 +175,15 @@ def open_bundle(path: Path) -> Bundle:
         raise refuse("members with the sha256 that bundle.json says", "others (changed or damaged)")
     manifest, samples = parse("manifest.json", dict), parse("samples.json", list)
     config = _config(path, manifest)
+    if blind:
+        config = config.model_copy(update={"injections": []})
     B, T = config.training.batch_size, config.model.max_seq_len
     arrays = read_arrays(content["batch.safetensors"], f"{path}, batch.safetensors")
     each = (B, T)
     wanted: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(_ARRAYS[:2], (each, np.int32))
     wanted |= dict.fromkeys(_ARRAYS[2:4], (each, np.bool_)) | {"rows": ((B,), np.int64)}
+    if f"before.{_ARRAYS[0]}" in arrays:
+        wanted |= {f"before.{name}": spec for name, spec in wanted.items()}
     require_arrays(arrays, wanted, f"{path}, batch.safetensors")
     whole = [s for s in samples if isinstance(s, dict) and all(isinstance(s.get(key), str) for key in ("id", "text"))]
     told: list[tuple[str, str]] = [(s["id"], s["text"]) for s in whole]
@@ -176,10 +197,14 @@ def open_bundle(path: Path) -> Bundle:
     if about.get("step") != frame.step:
         raise refuse(f"step {about.get('step')}, as bundle.json says", f"the frame of step {frame.step}")
     rows = arrays["rows"].tolist()
-    batch = Batch(
-        **{name: arrays[name] for name in _ARRAYS}, dataset_ids=dict(zip(rows, (i for i, _ in told), strict=True))
-    )
-    held = _Held(state, batch, [text for _, text in told], content["tokenizer.json"])
+    ids = dict(zip(rows, (i for i, _ in told), strict=True))
+    batches = {frame.step: Batch(**{name: arrays[name] for name in _ARRAYS}, dataset_ids=ids)}
+    if f"before.{_ARRAYS[0]}" in arrays:
+        before = {name: arrays[f"before.{name}"] for name in _ARRAYS}
+        unnamed = dict.fromkeys(before["rows"].tolist(), "")
+        batches[frame.step - 1] = Batch(**before, dataset_ids=unnamed)
+    texts = dict(zip(rows, (text for _, text in told), strict=True))
+    held = _Held(state, batches, texts, content["tokenizer.json"])
     return Bundle(path, manifest, config, frame, held)
 
 

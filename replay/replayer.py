@@ -70,16 +70,28 @@ class Replay:
     >>> live.step().verified
     """
 
-    def __init__(self, run: Run | Path | str, *, threads: int = 1, allow_mismatch: bool = False) -> None:
+    def __init__(
+        self,
+        run: Run | Path | str,
+        *,
+        threads: int = 1,
+        allow_mismatch: bool = False,
+        injections: bool = True,
+        blind: bool = False,
+    ) -> None:
         """``run`` is a recorded run, its folder, or a bundle. No bit depends on ``threads``.
+
+        Without ``injections`` each step is run as it should have been, from the state that was recorded. ``blind``
+        does not read what the record says of them (of a Run, what it was opened with counts).
 
         Raises RunError where the same bits are not promised here, which ``allow_mismatch`` only notes in
         ``mismatches``; and where the run or its data cannot be read.
         """
-        self.source = _source(run)
+        self.source = _source(run, blind)
         self.mismatches = require_match(self.source, allow_mismatch)
         self._allowed = allow_mismatch
-        self.machine = Machine(self.source, threads)
+        self.injections, self.blind = injections, blind
+        self.machine = Machine(self.source, threads, injections)
 
     @property
     def hooks(self) -> Hooks:
@@ -107,6 +119,7 @@ class Replay:
         """
         start = self.source.nearest(t)
         self.machine.put(start)
+        self.machine.injector.off = False  # on the way to what was recorded
         for step in range(start.step, t):
             _, differences = self.machine.step()
             if differences and not self._allowed:
@@ -115,6 +128,7 @@ class Replay:
                     f"recorded, got another {differences[0].site}; state {t} cannot be had from there "
                     f"(minitrain verify {self.source.path} tells all faults)"
                 )
+        self.machine.injector.off = not self.injections
         return self.machine.state
 
 
@@ -132,7 +146,7 @@ class Live:
     @property
     def batch(self) -> Batch:
         """What the coming step reads."""
-        return self._source.batches.batch_at(self.state.step)
+        return self._machine.batch
 
     @property
     def texts(self) -> list[str]:
@@ -161,8 +175,8 @@ class Live:
         return StepReport(stats, verifier.frame, rows, list(differences), first)
 
 
-def _source(run: Run | Path | str) -> Source:
+def _source(run: Run | Path | str, blind: bool) -> Source:
     if isinstance(run, Run):
         return RecordedRun(run)
     path = Path(run)
-    return open_bundle(path) if path.is_file() else RecordedRun(open_run(path))
+    return open_bundle(path, blind=blind) if path.is_file() else RecordedRun(open_run(path, blind=blind))

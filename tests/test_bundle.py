@@ -33,7 +33,7 @@ def run(tmp_path_factory, record_run) -> Path:
 def bundle_of(run: Path, step: int, path: Path) -> Path:
     replay = Replay(run)
     live = replay.at(step)
-    write_bundle(path, replay.source, live.state, live.batch)
+    write_bundle(path, replay.source, live.state)
     return path
 
 

@@ -12,11 +12,12 @@ import minitrain
 from minitrain import _ext, replay
 
 FLOORS = [
-    ["errors", "files", "rng", "elementary"],
+    ["errors"],
+    ["files", "rng", "elementary", "yaml_files", "shorthand"],
     ["_ext", "config"],
     ["tensors", "schedule", "environment", "hooks"],
-    ["state", "passes"],
-    ["data", "model", "optim", "checkpoint", "run_folder"],
+    ["state", "passes", "data"],
+    ["model", "optim", "checkpoint", "run_folder", "inject"],
     ["loop", "report", "assembly"],
     ["record"],
     ["trainer", "selftest", "sampling", "replay"],
@@ -24,7 +25,7 @@ FLOORS = [
     ["commands"],
     ["__init__", "__main__"],
 ]
-"""From the ground up. A folder is one room, in which modules may import each other."""
+"""From the ground, 0, up. A folder is one room, in which modules may import each other."""
 
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FOLDERS = {package.__name__: Path(package.__path__[0]) for package in (minitrain, _ext, replay)}

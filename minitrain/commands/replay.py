@@ -21,6 +21,7 @@ from minitrain.terminal import columns, json_option
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from minitrain.config import Injection
     from minitrain.replay.replayer import Live, Replay, SiteReport, StepReport
 
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     metavar="FILE.tar.gz",
     help="Write step N and all that running it elsewhere needs.",
 )
+@click.option("--no-injection", is_flag=True, help="Leave recorded injections out: what should have happened.")
+@click.option("--blind", is_flag=True, help="The same, without reading what the record says of injections.")
 @click.option("--allow-mismatch", is_flag=True, help="Replay with another engine or other data: proves nothing.")
 @click.option("--threads", type=click.IntRange(1, 64), default=1, show_default=True, help="No bit depends on them.")
 @json_option
@@ -50,6 +53,8 @@ def command(
     print_batch: bool,
     hook: str | None,
     bundle: Path | None,
+    no_injection: bool,
+    blind: bool,
     allow_mismatch: bool,
     threads: int,
     as_json: bool,
@@ -71,11 +76,11 @@ def command(
         if path and not path.absolute().parent.is_dir():
             raise RunError(f"{option} {path}: expected a file in a folder that exists, got no {path.parent}; make it")
     listener = None if hook is None else load_hook(hook)
-    replay = Replay(run, threads=threads, allow_mismatch=allow_mismatch)
+    replay = Replay(run, threads=threads, allow_mismatch=allow_mismatch, injections=not no_injection, blind=blind)
     first, last = steps_of(replay, step, last)
     live = replay.at(first)
     if bundle:
-        write_bundle(bundle, replay.source, live.state, live.batch)
+        write_bundle(bundle, replay.source, live.state)
     done = run_steps(replay, live, range(first, last + 1), sites, listener, keep=dump is not None)
     if dump:
         write_dump(dump, done, run)
@@ -189,12 +194,21 @@ def replay_json(replay: Replay, done: Done, print_batch: bool) -> dict[str, Any]
         "verified": verdict(replay, done) == "verified",
         "verdict": verdict(replay, done),
         "differing_steps": done.differing,
+        "injections": [one.model_dump(exclude_none=True) for one in injected(replay, done)],
+        "no_injection": not replay.injections or replay.blind,
         "divergence": divergence and divergence._asdict(),
         "mismatches": replay.mismatches,
         "sites_step": done.shown.step,
         "sites": [{k: _number(x) for k, x in row._asdict().items()} for row in done.shown.sites],
         **({"batch": done.samples} if print_batch else {}),
     }
+
+
+def injected(replay: Replay, done: Done) -> list[Injection]:
+    """What the record has injected into these steps; nothing when blind."""
+    from minitrain.inject import acts
+
+    return [one for one in replay.source.config.injections if any(acts(one, step) for step in done.steps)]
 
 
 def _number(value: Any) -> Any:
@@ -214,6 +228,7 @@ def print_table(rows: list[SiteReport]) -> None:
 
 def verdict_text(replay: Replay, done: Done) -> str:
     """The end of what a person reads."""
+    from minitrain.inject import spelt
     from minitrain.replay.evidence import tell
     from minitrain.replay.fingerprint import changes
 
@@ -232,6 +247,8 @@ def verdict_text(replay: Replay, done: Done) -> str:
         tensors = done.shown.recorded.digest_out.size
         what = f"batch, random streams, loss, learning rate, norms{sites}, {tensors} tensors of the state"
         lines.append(f"verified: {which} bit for bit as recorded ({what})")
+    if caused := "; ".join(spelt(one) for one in injected(replay, done)):
+        lines.append(f"injected, as recorded: {caused}" if replay.injections else f"left out of the replay: {caused}")
     if replay.mismatches:
         told = "; ".join(replay.mismatches)
         lines[1] = lines[1].replace("verified", "the same", 1)

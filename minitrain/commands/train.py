@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 @seed_option
 @click.option("--out-dir", type=click.Path(path_type=Path), help="The run folder [default: runs/<name of the config>].")
 @set_option
+@click.option("--injection", metavar="NAME", help="A fault to cause, none, or help: lists them and their parameters.")
+@click.option("--injection-step", type=int, metavar="K", help="The step at which (a setting: from which) it acts.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out-dir.")
 @click.option(
     "--from",
@@ -52,6 +54,8 @@ def command(
     seed: int | None,
     out_dir: Path | None,
     overrides: tuple[str, ...],
+    injection: str | None,
+    injection_step: int | None,
     resume: bool,
     parent: Path | None,
     step: int | None,
@@ -65,14 +69,18 @@ def command(
     minitrain train my.yaml --set training.batch_size=16 --set optimizer.clip=null
     minitrain train --set data.train_path=book.txt
     minitrain train --resume --out-dir runs/a
+    minitrain train --injection v_corrupt --injection-step 500 --set injection.factor=100
     minitrain train --from runs/a --step 499 --set optimizer.clip=0.5 --out-dir runs/a-clipped
 
     With --from, settings are those of RUN under those that are given; the numbers of the steps go on at N.
     """
-    from minitrain.config import load_config
+    from minitrain.inject import load
     from minitrain.run_folder import RunFolder, new_path
     from minitrain.trainer import run
 
+    if injection == "help":
+        click.echo(injection_help())
+        return
     if config and config_option:
         raise click.UsageError(f"expected one configuration, got two: {config} and {config_option}")
     path = config or config_option
@@ -87,9 +95,11 @@ def command(
             raise click.UsageError("--resume: expected --out-dir RUN, the folder of the run to go on with")
         RunFolder(out_dir).require_run()
         path = path or RunFolder(out_dir).config
-    given, origin = settings_from(overrides, seed), None
+    told = {"injection": injection, "injection_step": injection_step}
+    caused = [f"{key}={value}" for key, value in told.items() if value is not None]
+    given, origin = [*settings_from(overrides, seed), *caused], None
     if parent is None or step is None:
-        settings = load_config(path, given)
+        settings = load(path, given)
         folder = out_dir or new_path(path.stem if path else "default")
     else:
         from minitrain.fork import fork
@@ -117,6 +127,17 @@ def command(
     ended = outcome.metrics.ended
     problem = outcome.metrics.first_nonfinite_step is not None or bool(outcome.results.get("alerts"))
     sys.exit(INTERRUPTED if ended == "interrupted" else int(problem))
+
+
+def injection_help() -> str:
+    """The table of faults, with their parameters and defaults."""
+    from minitrain.inject import table
+
+    rows = [("name", "where", "what happens at step K", "parameters"), *table()]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row[:3], widths, strict=True)), row[3]]) for row in rows]
+    example = "minitrain train --injection param_nan --injection-step 731 --set 'injection.target=lm_head.bias[3]'"
+    return "\n".join([*lines, "", example])
 
 
 def train_json(outcome: Outcome) -> dict[str, Any]:

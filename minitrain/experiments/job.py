@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from minitrain import trainer
 from minitrain.assembly import Parts
-from minitrain.config import Config, load_config
+from minitrain.config import Config
 from minitrain.errors import ConfigError
 from minitrain.experiments.preset import Preset
+from minitrain.inject import load
 from minitrain.loop import Listener
 from minitrain.run_folder import RunFolder
 
@@ -47,7 +48,7 @@ class Job:
 
     @cached_property
     def config(self) -> Config:
-        return load_config(None, [*self.preset.settings, *self.overrides])
+        return load(None, [*self.preset.settings, *self.overrides])
 
     @cached_property
     def variants(self) -> dict[str, Config]:
@@ -55,7 +56,7 @@ class Job:
         configs = {}
         for name, changes in self.preset.variants.items():
             try:
-                configs[name] = load_config(None, [*self.preset.settings, *self.overrides, *changes])
+                configs[name] = load(None, [*self.preset.settings, *self.overrides, *changes])
             except ConfigError as error:
                 raise ConfigError(f"{error}\n(in the variant {name} of the experiment: {' '.join(changes)})") from error
         return configs

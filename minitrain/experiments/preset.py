@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitrain.config import parse_yaml
 from minitrain.errors import ConfigError, did_you_mean
+from minitrain.yaml_files import parse_yaml
 
 FOLDER = Path(__file__).parent.parent / "presets"
 

@@ -22,6 +22,7 @@ from minitrain.config import Config
 from minitrain.data.batches import Batch, TrainBatches
 from minitrain.data.prepare import Prepared
 from minitrain.errors import RunError
+from minitrain.inject import Injector, kind_of, spelt
 from minitrain.model import make_backend
 from minitrain.optim import Recurrence
 from minitrain.record.arrays import read_chunk, read_row, shards
@@ -88,20 +89,25 @@ class Scalars(Mapping[str, NDArray[Any]]):
         return len(self.NAMES)
 
 
-def open_run(path: Path | str) -> Run:
-    """The record of the run in this folder. Raises RunError if there is none, or its journal is damaged."""
-    return Run(Path(path))
+def open_run(path: Path | str, *, blind: bool = False) -> Run:
+    """The record of the run in this folder. Raises RunError if there is none, or its journal is damaged.
+
+    ``blind`` leaves out what it says of injections: for those who are to find them.
+    """
+    return Run(Path(path), blind=blind)
 
 
 class Run:
     """A recorded run, as it was when this was made. A context manager, for symmetry: nothing stays open."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, blind: bool = False) -> None:
+        self.path, self._blind = path, blind
         self.folder = RunFolder(path)
         self.folder.require_run()
         self.manifest = self.folder.read_manifest()
         self.config: Config = self.folder.stored_config()
+        if blind:
+            self.config = self.config.model_copy(update={"injections": []})
         if not self.config.record.enabled:
             raise RunError(f"{path}: expected a recorded run, got one with record.enabled: false; train it again with")
         self.journal = read_journal(self.folder.journal)
@@ -169,7 +175,7 @@ class Run:
     @property
     def events(self) -> list[dict[str, Any]]:
         """What happened besides steps: ``{"event": name, "step": t, ...}``, in order."""
-        return self.journal.events
+        return [e for e in self.journal.events if not (self._blind and e["event"] == "injection")]
 
     @cached_property
     def layout(self) -> Layout:
@@ -217,10 +223,15 @@ class Run:
     def batch(self, t: int) -> RecordedBatch:
         """What step t read. Raises RunError where the data do not give the tokens that were recorded."""
         frame, training = self.frame(t), self.config.training
-        train = self.data.train
+        train, tokenizer = self.data.train, self.data.tokenizer
         if frame.rows.max() >= len(train):
             raise RunError(f"{self.path}: expected samples 0 to {len(train) - 1} in step {t}, got {frame.rows.max()}")
-        batch = TrainBatches(train, training.batch_size, training.data_seed, self.config.data.batching).take(frame.rows)
+        batches = TrainBatches(train, training.batch_size, training.data_seed, self.config.data.batching)
+        batch = batches.take(frame.rows)
+        if self.config.injections:
+            batch = Injector(self.config, batches.batch_at, lambda: tokenizer).inject("batch", t, batch)
+        if batch_digest(batch) != frame.batch_digest and frame.rows.min() < 0:
+            raise RunError(f"step {t}: expected samples of the training split, got others that are not recorded")
         if batch_digest(batch) != frame.batch_digest:
             raise RunError(
                 f"{self.path}: expected the tokens of step {t} with digest {frame.batch_digest:016x}, got "
@@ -270,11 +281,24 @@ class Run:
         self._read_keyframe(start, {0: params})
         if start < t:
             following = Recurrence(self.config.optimizer, params, make_backend(self.config.training.backend))
+            injector = Injector(self.config)
             for s in range(start, t):
                 moments = self.moments(s + 1)
-                following(moments.m.flat, moments.v.flat, self.frame(s).lr, s + 1)
+                settings = injector.inject("optimizer", s, self.config.optimizer)
+                following(moments.m.flat, moments.v.flat, self.frame(s).lr, s + 1, settings)
+                self._inject(injector, State(s + 1, params, moments.m, moments.v))
                 self.require_digests(s + 1, 0, params.flat, f"state {s + 1}, which follows from keyframe {start}")
         return params
+
+    def _inject(self, injector: Injector, state: State) -> None:
+        """Do to the parameters what was injected. Raises RunError where m or v were changed, which the update used."""
+        caused = injector.at("state", state.step - 1)
+        if other := [one for one in caused if kind_of(one) != "param"]:
+            raise RunError(
+                f"state {state.step}: expected moments from which its parameters follow, got some changed by "
+                f"{spelt(other[0])}; minitrain.replay.Replay(run).at({state.step}) runs the step again"
+            )
+        injector.inject("state", state.step - 1, state)
 
     def state(self, t: int) -> State:
         """State t, in buffers of its own."""

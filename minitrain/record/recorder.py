@@ -25,6 +25,7 @@ from minitrain.assembly import Parts
 from minitrain.config import Config
 from minitrain.data.batches import Batch
 from minitrain.errors import RunError
+from minitrain.inject import event
 from minitrain.loop import Listener, StepStats
 from minitrain.record.digests import KINDS, batch_digest, groups, rng_words, state_digests, tensor_digest
 from minitrain.record.journal import FORMAT_VERSION, canonical
@@ -120,6 +121,7 @@ class Recorder(Listener):
         self._body: dict[str, Any] = {}
         self._heard: list[int] = []
         self._finite = True
+        self._injected = False
         self._error: Exception | None = None
         self._off = False
         self._handles = [parts.hooks.listen(self._clipped, "clip")]
@@ -155,7 +157,8 @@ class Recorder(Listener):
         self._reading = False
         if isinstance(read, Exception):
             raise read
-        digest_in = None
+        digest_in, injected = None, [one for one in self._config.injections if one.step == state.step]
+        self._injected = bool(injected)
         if read.state != self._raw:  # the first step, NaNs, or memory that has changed since the last step
             now = state_digests(state)
             if state.step == self._layout.start:
@@ -163,6 +166,8 @@ class Recorder(Listener):
             elif not np.array_equal(now, before := np.array(self._out, np.uint64).reshape(3, -1)):
                 digest_in = now
                 self._memory_changed(state, np.argwhere(now != before))
+        for one in injected:
+            self._tell(partial(self._writer.event, event(one)))
         self._body = read.body | {"digest_in": None if digest_in is None else digest_in.tobytes()}
 
     def _memory_changed(self, state: State, tensors: NDArray[np.int64]) -> None:
@@ -170,8 +175,8 @@ class Recorder(Listener):
         names = list(state.params)
         changed = [f"{KINDS[kind]}.{names[n]}" for kind, n in tensors]
         self.alerts.append(f"memory changed before step {state.step}: {', '.join(changed)}")
-        event = {"event": "memory_changed", "step": state.step, "tensors": changed}
-        self._tell(partial(self._writer.event, event))
+        body = {"event": "memory_changed", "step": state.step, "tensors": changed}
+        self._tell(partial(self._writer.event, body))
         self._save_incident("memory_changed", state, {})
 
     def _clipped(self, site: str, grads: NDArray[np.float32]) -> None:
@@ -204,7 +209,8 @@ class Recorder(Listener):
             return
         self._finite = stats.finite
         self._raw = self._hash()
-        nan = math.isnan(state.params.flat.max())  # max keeps NaN; one in a moment is one in its parameter
+        # max keeps NaN; one in a moment is one in its parameter, unless it was put there
+        nan = any(math.isnan(flat.max()) for flat in (_flats(state) if self._injected else (state.params.flat,)))
         self._out = state_digests(state) if nan else self._raw
         if state.step in self._keyframe:
             copies = tuple(flat.copy() for flat in _flats(state))

@@ -44,6 +44,7 @@ CONCERNS = {
     "training": "the loop",
     "data": "the text",
     "record": "what is kept of the run",
+    "injections": "faults that were caused on purpose",
 }
 """What the settings of a section have to do with."""
 SHOWN = 3
