@@ -253,6 +253,8 @@ def read_config(
             _override(text, tree, places)
         except ConfigError as error:
             mistakes.append(str(error))
+    if below and places.get("injections") == below[1] and any(name in tree for name in SHORT):
+        del tree["injections"]  # what is said in short takes their place
     return _checked(tree, places, mistakes), places
 
 

@@ -36,6 +36,11 @@ def fork(
             f"--from {path}: expected the model of state {step}, got another: {'; '.join(wrong)}; leave these settings "
             "out, or train a new run with them"
         )
+    if late := [one for one in config.injections if one.step < step and one not in parent.config.injections]:
+        raise ConfigError(
+            f"injections: expected steps from {step} on, where the run begins, got {late[0].name} at {late[0].step}; "
+            "give it a later one, or begin with an earlier state"
+        )
     if config.scheduler.total_steps <= step:
         raise ConfigError(
             f"scheduler.total_steps: expected more than {step}, since the run begins with state {step} of {path}, got "

@@ -19,7 +19,7 @@ from recording import Watch, contents, damages
 from minitrain import open_run, trainer
 from minitrain.cli import main
 from minitrain.config import load_config, to_yaml
-from minitrain.errors import RunError
+from minitrain.errors import ConfigError, RunError
 from minitrain.fork import fork
 from minitrain.record.journal import JournalWriter, read_journal
 from minitrain.replay import Replay, verify
@@ -210,6 +210,32 @@ def test_without_a_record(home, tmp_path):
     assert told["outcome"]["digest"] == open_run(home / "every_step").manifest["outcome"]["digest"]
     assert json.loads(minitrain("info", folder, "--json").stdout)["parent"]["step"] == 13
     refused(minitrain("train", "--from", folder, "--step", 20), "expected a recorded run, got one with record.enabled")
+
+
+@pytest.mark.parametrize(("name", "factor"), [("v_corrupt", 100), ("decay_huge", 50)])
+def test_injections_come_along(record_run, tmp_path, name, factor):
+    """One at N or later strikes again, a setting that began before N goes on; what is past is past."""
+    parent = record_run(tmp_path / "parent", f"injection={name}", "injection_step=14", f"injection.factor={factor}")
+    a = open_run(parent)
+    for step in (10, 14, 15):
+        run = open_run(forked(parent, step, tmp_path / f"f{step}"))
+        assert run.state(30).digest() == a.state(30).digest()
+        assert [event["step"] for event in run.events] == [14] * (step <= 14)
+        assert verify(run).verified
+
+
+def test_injections_may_be_others_or_none(home, record_run, tmp_path):
+    """Those that are given take the place of the parent's; none gives what should have happened."""
+    parent = record_run(tmp_path / "parent", "injection=scale", "injection_step=14", "model.dropout=0.2")
+    healed = open_run(forked(parent, 10, tmp_path / "healed", "injection=none"))
+    assert healed.state(30).digest() == open_run(home / "every_step").state(30).digest()
+    assert healed.parent is not None
+    assert healed.parent["settings"] == ["injections: scale at step 14 -> none"]
+    other = open_run(forked(parent, 10, tmp_path / "other", "injection=m_corrupt", "injection_step=12"))
+    assert [(event["name"], event["step"]) for event in other.events] == [("m_corrupt", 12)]
+    assert "injections: none -> m_corrupt at step 12" in (tmp_path / "other" / "README.md").read_text()
+    with pytest.raises(ConfigError, match="expected steps from 10 on, where the run begins, got m_corrupt at 9"):
+        fork(parent, 10, None, ["injection=m_corrupt", "injection_step=9"])
 
 
 # Killed and resumed
