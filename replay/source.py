@@ -127,13 +127,13 @@ class RecordedRun:
     def as_read(self, t: int) -> State:
         """State t as step t read it, in buffers of its own. Raises RunError where the record does not give it back."""
         if self.memory_changed(t):
-            return self._incident(t)
+            return self.incident(t)
         if t in self.run.keyframes:
             return self.run.keyframe(t)
-        return self.run.state(t) if self.config.record.moments == "every_step" else self._incident(t)
+        return self.run.state(t) if self.config.record.moments == "every_step" else self.incident(t)
 
-    def _incident(self, t: int) -> State:
-        """What stood in memory at step t, where something was wrong there."""
+    def incident(self, t: int) -> State:
+        """What stood in memory at step t, where something was wrong there. Raises RunError where it was not kept."""
         path = self.run.folder.incident(t)
         try:
             data = path.read_bytes()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from minitrain.commands._nan_bisect import find
 from minitrain.errors import RunError, did_you_mean
 from minitrain.terminal import json_option
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     metavar="FILE.tar.gz",
     help="Write step N and all that running it elsewhere needs.",
 )
+@click.option("--nan-bisect", is_flag=True, help="Find the first bad number in steps 0..N, its cause and its remedy.")
 @click.option("--no-injection", is_flag=True, help="Leave recorded injections out: what should have happened.")
 @click.option("--blind", is_flag=True, help="The same, without reading what the record says of injections.")
 @click.option("--allow-mismatch", is_flag=True, help="Replay with another engine or other data: proves nothing.")
@@ -53,6 +55,7 @@ def command(
     print_batch: bool,
     hook: str | None,
     bundle: Path | None,
+    nan_bisect: bool,
     no_injection: bool,
     blind: bool,
     allow_mismatch: bool,
@@ -68,7 +71,12 @@ def command(
     minitrain replay runs/a --step 500 --sites "block.1.attn.*" --hook entropy:show
     minitrain replay runs/a --step 500 --bundle step500.tar.gz
     minitrain replay step500.tar.gz
+    minitrain replay runs/a --nan-bisect
     """
+    if nan_bisect:
+        given = {"--to": last, "--dump": dump, "--print-batch": print_batch, "--hook": hook, "--bundle": bundle}
+        refuse_together("--nan-bisect", given | {"--allow-mismatch": allow_mismatch})
+        find(run, step, blind, as_json)
     from minitrain.replay.bundle import write_bundle
     from minitrain.replay.replayer import Replay
 
@@ -94,6 +102,13 @@ def command(
         for path in filter(None, (bundle, dump)):
             click.echo(f"-> {path}")
     sys.exit(int(bool(done.differing)))
+
+
+def refuse_together(option: str, others: dict[str, object]) -> None:
+    """Raises UsageError where one of the others was given too."""
+    for name, value in others.items():
+        if value not in (None, False):
+            raise click.UsageError(f"{name}: not together with {option}, which looks at the whole run")
 
 
 @dataclass
