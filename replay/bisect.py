@@ -101,7 +101,7 @@ def attribute(run: Rerun, place: Place) -> Sample:
     if place.index is None:
         return Sample()
     if place.tensor is not None:  # a row of the embedding, or an output of the head, is a token's
-        own = re.fullmatch(r"embed\.weight|lm_head\.(weight|bias)", place.tensor)
+        own = place.differing == 1 and re.fullmatch(r"embed\.weight|lm_head\.(weight|bias)", place.tensor)
         return Sample(token=tokenizer.decode([place.index[0]])) if own and place.index[0] < tokenizer.size else Sample()
     if phase_of(place.site) not in ("forward", "backward") or len(place.index) < 3:
         return Sample()

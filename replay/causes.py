@@ -39,7 +39,9 @@ def remedy(run: Path, config: Config, finding: Finding) -> Remedy:
             )
             return Remedy(advice, (fork(run, step),))
         case "data":
-            advice = f"find what puts other samples into the batch, and go on from state {step} with those of the stream"
+            advice = (
+                f"find what puts other samples into the batch, and go on from state {step} with those of the stream"
+            )
             return Remedy(advice, (fork(run, step), f"minitrain replay {run} --step {step} --print-batch"))
         case "schedule":
             advice = f"find what sets it besides the configuration, and go on from state {step} as configured"
@@ -59,12 +61,16 @@ def _arithmetic(run: Path, config: Config, finding: Finding, bundle: str) -> Rem
         advice = "a gradient overflows: clip by value as well as by norm, which cuts Inf off"
         return Remedy(advice, (fork(run, back, "optimizer.clip_value=100"), bundle))
     rate = f"optimizer.lr_max={config.optimizer.lr_max / 10:g}"
-    low = () if config.optimizer.lr_min <= config.optimizer.lr_max / 10 else (f"optimizer.lr_min={config.optimizer.lr_max / 100:g}",)
+    low = (
+        ()
+        if config.optimizer.lr_min <= config.optimizer.lr_max / 10
+        else (f"optimizer.lr_min={config.optimizer.lr_max / 100:g}",)
+    )
     advice = (
         f"the numbers have grown until they overflowed: go back {finding.place.step - back} steps, with a lower "
         "learning rate and a lower clip"
     )
-    return Remedy(advice, (fork(run, back, rate, *low, "optimizer.clip=0.5"), bundle))
+    return Remedy(advice, (fork(run, back, *rates, "optimizer.clip=0.5"), bundle))
 
 
 def fork(run: Path, step: int, *settings: str) -> str:

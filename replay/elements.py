@@ -7,6 +7,7 @@ follow from it and the recorded moments element by element, a NaN stays at its p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from minitrain.record.digests import KINDS, groups, tensor_digest
 from minitrain.replay.rerun import Rerun
 from minitrain.replay.which_step import first_nonfinite
 from minitrain.state import State
-from minitrain.tensors import canonical_bits
+from minitrain.tensors import Tensors, canonical_bits
 
 Floats = NDArray[np.float32]
 SEARCHED = 4096
@@ -57,11 +58,13 @@ def _factor(recorded: Floats, replayed: Floats) -> float | None:
     """The number by which ``replayed`` has been multiplied to the bit."""
     if replayed.size < 2:
         return None
+    largest = np.unravel_index(np.argmax(np.where(np.isfinite(replayed), np.abs(replayed), 0)), replayed.shape)
+    if not (replayed[largest] and np.isfinite(recorded[largest])):
+        return None
+    guess = float(f"{float(recorded[largest]) / float(replayed[largest]):.6g}")
     with np.errstate(all="ignore"):
-        place = np.unravel_index(np.argmax(np.where(np.isfinite(replayed), np.abs(replayed), 0)), replayed.shape)
-        guess = float(f"{float(recorded[place]) / float(replayed[place]):.6g}") if replayed[place] else np.nan
-        same = np.isfinite(guess) and np.array_equal(canonical_bits(replayed * np.float32(guess)), canonical_bits(recorded))
-    return guess if same else None
+        scaled = replayed * np.float32(guess)
+    return guess if np.array_equal(canonical_bits(scaled), canonical_bits(recorded)) else None
 
 
 def of_state(run: Rerun, kind: str, name: str) -> Elements | None:
@@ -85,10 +88,8 @@ def _recorded(run: Rerun, kind: str, name: str) -> Iterator[Floats]:
         if then is not None:
             yield then
     if t in source.steps and not source.memory_changed(t):
-        try:
+        with suppress(RunError):
             yield groups(source.incident(t))[KINDS.index(kind)][name]
-        except RunError:
-            pass
 
 
 def _followed(run: Rerun, kind: str, name: str) -> Iterator[NDArray[np.bool_]]:
@@ -97,10 +98,8 @@ def _followed(run: Rerun, kind: str, name: str) -> Iterator[NDArray[np.bool_]]:
         then, clean = groups(state)[KINDS.index(kind)][name], groups(run.after)[KINDS.index(kind)][name]
         yield ~np.isfinite(then) & np.isfinite(clean)
         if kind == "param" and run.source.config.record.moments == "every_step":
-            try:
+            with suppress(RunError):
                 yield canonical_bits(then) != canonical_bits(_params_at(run, later)[name])
-            except RunError:
-                continue
 
 
 def _later(run: Rerun) -> Iterator[tuple[int, State]]:
@@ -109,19 +108,15 @@ def _later(run: Rerun) -> Iterator[tuple[int, State]]:
     keyframes = [k for k in source.run.keyframes if k > first]
     wrong = first_nonfinite(source, source.steps[-1])
     if wrong is not None and wrong > first and not any(k <= wrong for k in keyframes):
-        try:
+        with suppress(RunError):
             yield wrong, source.incident(wrong)
-        except RunError:
-            pass
     for t in keyframes[:1]:
-        try:
+        with suppress(RunError):
             yield t, source.run.keyframe(t)
-        except RunError:
-            pass
 
 
-def _params_at(run: Rerun, t: int) -> Floats:
-    """(by name) The parameters of state t as they follow from the clean state and the recorded moments."""
+def _params_at(run: Rerun, t: int) -> Tensors:
+    """The parameters of state t as they follow from the clean state and the recorded moments."""
     source, config = run.source, run.source.config
     params = run.after.params.like()
     params.flat[:] = run.after.params.flat

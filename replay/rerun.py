@@ -79,7 +79,18 @@ def rerun(source: RecordedRun, step: int) -> Rerun:
     arrays |= {f"grad.{name}": grad for name, grad in grads.items()}
     after = _copy(machine.state, source)
     return Rerun(
-        source, step, source.frame(step), batch, before, after, stats, list(differences), arrays, grads, wrong, magnitudes
+        source,
+        step,
+        source.frame(step),
+        batch,
+        before,
+        after,
+        stats,
+        list(differences),
+        arrays,
+        grads,
+        wrong,
+        magnitudes,
     )
 
 

@@ -64,9 +64,7 @@ class Searcher:
         self._workers = workers or default_workers()
         self._stopped = Event()
         run = source.run
-        self._segments: list[Bounds] = list(
-            pairwise([*(k for k in run.layout.keyframes if k < run.steps), run.steps])
-        )
+        self._segments: list[Bounds] = list(pairwise([*(k for k in run.layout.keyframes if k < run.steps), run.steps]))
 
     def search(self, last: int) -> Search:
         """Among the steps 0..last. Raises RunError where the data or the record cannot be read."""

@@ -183,10 +183,10 @@ def _rate(run: Rerun) -> Finding | None:
     if first.kind != "lr":
         return None
     then, now = run.frame.lr, run.stats.lr
-    bits = (f"0x{double_bits(x):016x}" for x in (then, now))
+    recorded, replayed = (f"0x{double_bits(x):016x}" for x in (then, now))
     ratio = f", {then / now:.6g} times as high" if now else ""
     return Finding(
-        Place(run.step, "update", "lr", None, None, *bits),
+        Place(run.step, "update", "lr", recorded=recorded, replayed=replayed),
         "schedule",
         f"the update went by a learning rate of {then:.9g}, the configured schedule says {now:.9g}{ratio}; loss and "
         "norms are the same",
@@ -201,12 +201,16 @@ def _numbers(run: Rerun) -> Finding | None:
     then, now = (getattr(s, first.kind) for s in (run.frame, run.stats))
     if first.kind == "grad_norm" and (explained := explain(run)):
         return _gradients(run, explained, first)
-    bits = (f"0x{double_bits(x):016x}" for x in (then, now))
-    place = Place(run.step, first.phase, first.site, None, None, *bits)
+    recorded, replayed = (f"0x{double_bits(x):016x}" for x in (then, now))
+    place = Place(run.step, first.phase, first.site, recorded=recorded, replayed=replayed)
     if first.kind == "grad_norm_clipped" and then == run.frame.grad_norm:
-        proof = f"the gradients were not clipped: norm {then:.6g}, and optimizer.clip is {run.source.config.optimizer.clip}"
+        proof = (
+            f"the gradients were not clipped: norm {then:.6g}, and optimizer.clip is {run.source.config.optimizer.clip}"
+        )
         return Finding(place, "schedule", proof)
-    unseen = "" if run.frame.sites is not None else "; the sites before it were not recorded (record.sites: digest does)"
+    unseen = (
+        "" if run.frame.sites is not None else "; the sites before it were not recorded (record.sites: digest does)"
+    )
     proof = f"{first.kind} was {then:.9g}, and the replay from the same inputs gives {now:.9g}{unseen}"
     return Finding(place, "transient", proof)
 

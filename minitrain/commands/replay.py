@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -104,7 +104,7 @@ def command(
     sys.exit(int(bool(done.differing)))
 
 
-def refuse_together(option: str, others: dict[str, object]) -> None:
+def refuse_together(option: str, others: Mapping[str, object]) -> None:
     """Raises UsageError where one of the others was given too."""
     for name, value in others.items():
         if value not in (None, False):
