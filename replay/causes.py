@@ -60,12 +60,9 @@ def _arithmetic(run: Path, config: Config, finding: Finding, bundle: str) -> Rem
     if finding.place.phase in ("backward", "clip") and config.optimizer.clip_value is None:
         advice = "a gradient overflows: clip by value as well as by norm, which cuts Inf off"
         return Remedy(advice, (fork(run, back, "optimizer.clip_value=100"), bundle))
-    rate = f"optimizer.lr_max={config.optimizer.lr_max / 10:g}"
-    low = (
-        ()
-        if config.optimizer.lr_min <= config.optimizer.lr_max / 10
-        else (f"optimizer.lr_min={config.optimizer.lr_max / 100:g}",)
-    )
+    high = config.optimizer.lr_max / 10
+    rates = [f"optimizer.lr_max={high:g}"]
+    rates += [f"optimizer.lr_min={high / 10:g}"] if config.optimizer.lr_min > high else []
     advice = (
         f"the numbers have grown until they overflowed: go back {finding.place.step - back} steps, with a lower "
         "learning rate and a lower clip"

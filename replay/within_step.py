@@ -154,7 +154,9 @@ def _sites(run: Rerun) -> Finding | None:
     found = sorted((d for d in run.differences if d.kind == "site"), key=lambda d: order.index(d.site))
     if not found:
         return None
-    first = found[0]
+    first, kinds = found[0], {d.kind for d in run.differences}
+    if first.site == "clip" and "grad_norm_clipped" in kinds and "grad_norm" not in kinds:
+        return None  # the clip itself: its norms tell more
     loss = next((d for d in run.differences if d.kind == "loss"), None)
     if loss is not None and order.index("loss") < order.index(first.site):
         return None
@@ -204,13 +206,10 @@ def _numbers(run: Rerun) -> Finding | None:
     recorded, replayed = (f"0x{double_bits(x):016x}" for x in (then, now))
     place = Place(run.step, first.phase, first.site, recorded=recorded, replayed=replayed)
     if first.kind == "grad_norm_clipped" and then == run.frame.grad_norm:
-        proof = (
-            f"the gradients were not clipped: norm {then:.6g}, and optimizer.clip is {run.source.config.optimizer.clip}"
-        )
+        clip = run.source.config.optimizer.clip
+        proof = f"the gradients were not clipped: their norm was {then:.6g}, and optimizer.clip is {clip}"
         return Finding(place, "schedule", proof)
-    unseen = (
-        "" if run.frame.sites is not None else "; the sites before it were not recorded (record.sites: digest does)"
-    )
+    unseen = "; the sites before it were not recorded (record.sites: digest does)" if run.frame.sites is None else ""
     proof = f"{first.kind} was {then:.9g}, and the replay from the same inputs gives {now:.9g}{unseen}"
     return Finding(place, "transient", proof)
 

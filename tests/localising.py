@@ -38,6 +38,8 @@ KINDS = (
     "finite backward",
     "finite gradient",
 )
+INEXACT = ("finite activation", "finite backward")
+"""Without digests of the sites only the step is promised of these, and the verdict."""
 STEPS = 30
 
 
