@@ -164,9 +164,8 @@ class Injector:
             case "param_nan":
                 state.params[target][_index(one)] = np.float32(np.nan)
             case "bit_flip":
-                groups[kind_of(one)][target.partition(".")[2]].view(np.uint32)[_index(one)] ^= np.uint32(
-                    1 << (one.bit or 0)
-                )
+                bits = groups[kind_of(one)][target.partition(".")[2]].view(np.uint32)
+                bits[_index(one)] ^= np.uint32(1 << (one.bit or 0))
         return state
 
 

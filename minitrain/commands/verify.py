@@ -23,9 +23,10 @@ SHOWN = 20
 @click.command("verify", short_help="Replay every step of a run and hold it against its record.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--workers", type=click.IntRange(1, 256), help="Segments at a time [default: the processors there are].")
+@click.option("--blind", is_flag=True, help="Do not read what the record says of injections: they are faults then.")
 @json_option
 @quiet_option
-def command(run: Path, workers: int | None, as_json: bool, quiet: bool) -> None:
+def command(run: Path, workers: int | None, blind: bool, as_json: bool, quiet: bool) -> None:
     """Replay every step of RUN, segment by segment from the keyframes, and read all that is recorded.
 
     A fault is a step that replays to other bits, memory that changed between steps, or a damaged file. Behind a fault,
@@ -38,7 +39,7 @@ def command(run: Path, workers: int | None, as_json: bool, quiet: bool) -> None:
     from minitrain.record.recorded import open_run
     from minitrain.replay.segments import verify, work_of
 
-    started, recorded = time.perf_counter(), open_run(run)
+    started, recorded = time.perf_counter(), open_run(run, blind=blind)
     with steps_bar(bar_wanted(quiet, as_json), work_of(recorded), "verify") as show:
         found = verify(recorded, workers=workers, show=show)
     if as_json:
