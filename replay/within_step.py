@@ -80,7 +80,7 @@ def _stored(run: Rerun, left: Any, read: Any, when: str, whose: str) -> Finding:
         elements = search(clean, int(read[kind][n]))
     site, count = f"{KINDS[kind]}.{names[n]}", int((left != read).sum())
     proof = (
-        f"step {run.step} read {_tensors(count, site)} with other bits than {whose}: {_told(elements)}. Nothing was "
+        f"step {run.step} read {_tensors(count, site)} with other bits than {whose} ({_told(elements)}); nothing is "
         f"computed {when}"
     )
     return Finding(_place(run, "state", site, elements), "stored_state", proof)
@@ -173,7 +173,7 @@ def _transient(run: Rerun, site: str, elements: Elements | None, digests: tuple[
     if digests and not elements:
         told = f"digest 0x{digests[0]:016x} recorded, 0x{digests[1]:016x} replayed"
     proof = (
-        f"from the same state, batch and random streams the replay gives {site} other bits: {told}. Everything that "
+        f"from the same state, batch and random streams the replay gives {site} other bits ({told}); everything that "
         "was recorded before it is the same"
     )
     return Finding(place, "transient", proof)
@@ -233,7 +233,7 @@ def _gradients(run: Rerun, explained: Explained, first: Difference) -> Finding:
     elif many > 1:
         proof += f"; of those, {site} is the first in the order of the backward pass, so the fault is at or before it"
     elif explained.elements:
-        proof += f": {_told(explained.elements)} of m"
+        proof += f": of m {_told(explained.elements)}"
     place = _place(run, phase_of(site), site, explained.elements if many == 1 else None)
     return Finding(place._replace(recorded=None, replayed=None), "transient", proof)
 
@@ -258,13 +258,13 @@ def _update(run: Rerun) -> Finding | None:
     if apart:
         proof = (
             f"loss and norms are the same, and m, v and parameters of {name} are not: the update read another gradient "
-            f"than the one whose norm was taken; {_told(elements)} of {site}"
+            f"than the one whose norm was taken; of {site} {_told(elements)}"
         )
         return Finding(place, "transient", proof)
     others = ", ".join(k for k in ("m", "v", "param") if (k, name) not in changed)
     proof = (
         f"loss, norms and learning rate of step {run.step} are the same, and of the one elementwise update so are "
-        f"{others} of {name}: {_tensors(len(changed), site)} was changed after it had been written. {_told(elements)}"
+        f"{others} of {name}: {_tensors(len(changed), site)} was changed after it had been written ({_told(elements)})"
     )
     return Finding(place, "stored_state", proof)
 
@@ -288,17 +288,20 @@ def _tensors(count: int, first: str) -> str:
 
 
 def _told(elements: Elements | None) -> str:
-    """``element [3, 7] was nan (0x7fc00000), replayed 0.0143 (0x3c6a..), 1 of 64 elements differ``"""
+    """How a tensor differs, in words; all the bits stand in the place."""
     if elements is None:
         return "which element is not recorded"
     if elements.factor is not None:
         return f"every element is {elements.factor:g} times what it should be"
-    then = "other bits (not recorded)" if elements.recorded is None else _value(elements.recorded)
+    at, then = list(elements.index), elements.recorded
+    if then is None:
+        return f"element {at} had other bits, which are not recorded"
+    changed = then ^ elements.replayed
+    if changed.bit_count() == 1 and elements.differing == 1:
+        return f"element {at} has bit {changed.bit_length() - 1} flipped"
     count = f"; {elements.differing} of {elements.elements} elements differ" if elements.differing > 1 else ""
-    flipped = elements.recorded is not None and bin(elements.recorded ^ elements.replayed).count("1") == 1
-    bit = f", bit {(elements.recorded ^ elements.replayed).bit_length() - 1} flipped" if flipped else ""  # type: ignore[operator]
-    return f"element {list(elements.index)} is {then}, should be {_value(elements.replayed)}{bit}{count}"
+    return f"element {at} is {_value(then)}, should be {_value(elements.replayed)}{count}"
 
 
 def _value(bits: int) -> str:
-    return f"{float(np.array(bits, np.uint32).view(np.float32)):.9g} (0x{bits:08x})"
+    return f"{float(np.array(bits, np.uint32).view(np.float32)):.6g}"

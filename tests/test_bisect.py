@@ -146,7 +146,7 @@ def test_memory_that_changed_between_two_steps(train, fault, moments, step):
     assert told(found) == ("stored_state", step, "state", "m.ln_f.bias", (3,))
     assert found.finding is not None
     assert f"step {step} read m.ln_f.bias with other bits than the step before had left" in found.finding.proof
-    assert "bit 0 flipped" in found.finding.proof
+    assert "(element [3] has bit 0 flipped)" in found.finding.proof
     assert found.remedy is not None
     assert found.remedy.commands[0].startswith(f"minitrain train --from {found.path} --step {step} --out-dir ")
 
