@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from minitrain.errors import RunError
-from minitrain.record.digests import KINDS, groups, state_digests
+from minitrain.record.digests import KINDS, groups, state_digests, tensor_digest
 from minitrain.replay.counterfactual import Explained, explain
 from minitrain.replay.elements import Elements, compare, of_state, search
 from minitrain.replay.rerun import Rerun
@@ -164,7 +164,10 @@ def _sites(run: Rerun) -> Finding | None:
         explained = explain(run)
         if explained and (first.site == "clip" or explained.tensors == [parameter_of(first.site)]):
             return _gradients(run, explained, first)
-    return _transient(run, first.site, None, (first.recorded, first.replayed))
+    now, elements = run.arrays.get(first.site), None
+    if now is not None and tensor_digest(now) == first.replayed:  # else it has been written again behind the site
+        elements = search(now, first.recorded)
+    return _transient(run, first.site, elements, (first.recorded, first.replayed))
 
 
 def _transient(run: Rerun, site: str, elements: Elements | None, digests: tuple[int, int] | None = None) -> Finding:
@@ -256,9 +259,11 @@ def _update(run: Rerun) -> Finding | None:
     place = _place(run, "update", site, elements)
     apart = {n for k, n in changed if k != "param"} & {n for k, n in changed if k == "param"}
     if apart:
+        if run.frame.sites is None:  # else those of the gradients are the same
+            place = place._replace(phase="backward", site=f"grad.{name}", recorded=None, replayed=None)
         proof = (
             f"loss and norms are the same, and m, v and parameters of {name} are not: the update read another gradient "
-            f"than the one whose norm was taken; of {site} {_told(elements)}"
+            f"than the replay's, too near to it to move the norm or changed behind it; of {site} {_told(elements)}"
         )
         return Finding(place, "transient", proof)
     others = ", ".join(k for k in ("m", "v", "param") if (k, name) not in changed)

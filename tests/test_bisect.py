@@ -79,9 +79,9 @@ def test_random_faults_are_localised(tmp_path, record_run, book):
 
 @pytest.mark.long
 def test_many_random_faults_are_localised(tmp_path, record_run, book):
-    """570: the step exact in all, the site wherever it can be told, the element where keyframes or moments allow."""
+    """323: the step exact in all, the site wherever it can be told, the element where keyframes or moments allow."""
     campaign = Campaign("Faults localised by --nan-bisect")
-    scores = localising.localise(30 * len(localising.KINDS), 1, tmp_path, record_run, base(book))
+    scores = localising.localise(17 * len(localising.KINDS), 1, tmp_path, record_run, base(book))
     rows = []
     for kind, s in scores.items():
         seen = s.cases - s.no_trace
