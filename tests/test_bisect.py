@@ -328,7 +328,7 @@ def test_what_a_machine_reads(train):
     run = train(*injection("grad_nan", 14, target="lm_head.bias", element=[7]))
     document = json.loads(minitrain("replay", run, "--nan-bisect", "--json").output)
     assert list(document) == [
-        *("run", "step", "found", "first_bad", "method", "reason", "first_nonfinite", "later", "unchecked_before"),
+        *("run", "step", "verified", "found", "first_bad", "method", "reason", "first_nonfinite", "later", "unchecked_before"),
         *("verdict", "proof", "remedy", "commands", "before", "journal"),
     ]
     bad = document["first_bad"]

@@ -35,15 +35,7 @@ def find(path: Path, step: int | None, blind: bool, as_json: bool) -> None:
 
 
 def as_dict(found: Bisection) -> dict[str, Any]:
-    """The stable keys of ``replay --nan-bisect --json``.
-
-    ``run``, ``step`` (the last that was asked about), ``found``; ``first_bad`` with step, phase, site, tensor, index,
-    row, position, token, sample_id, recorded and replayed bits, differing of elements, rows of the batch; ``method``
-    (finiteness or segments) and its ``reason``; ``first_nonfinite``; ``later`` (nothing in 0..step: the first faulty
-    step after it); ``unchecked_before`` (steps before it were not run again); ``verdict`` (arithmetic, stored_state,
-    data, schedule, transient), ``proof``, ``remedy``, ``commands``; ``before`` [{step, max_abs {layer: largest |x|}}];
-    ``journal`` [injections that are recorded there]. What is not known is null, and so is a number that is no number.
-    """
+    """The stable keys of ``replay --nan-bisect --json``, which docs/bisect.md explains."""
     search, finding = found.search, found.finding
     place = None
     if finding and found.sample:
@@ -54,6 +46,7 @@ def as_dict(found: Bisection) -> dict[str, Any]:
     return {
         "run": str(found.path),
         "step": found.last,
+        "verified": finding is None,
         "found": finding is not None,
         "first_bad": place,
         "method": search.method,

@@ -66,6 +66,9 @@ def command(
 
     RUN is a run folder or a bundle. The table shows the sites in the order in which the step passes them.
 
+    With --nan-bisect find the first bad number of steps 0 to N (of all, without --step): step, site, element, token and
+    sample, what kind of fault it was, the proof, and the command that goes on without it (docs/bisect.md).
+
     \b
     minitrain replay runs/a --step 500
     minitrain replay runs/a --step 500 --sites "block.1.attn.*" --hook entropy:show
