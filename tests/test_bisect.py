@@ -328,7 +328,18 @@ def test_what_a_machine_reads(train):
     run = train(*injection("grad_nan", 14, target="lm_head.bias", element=[7]))
     document = json.loads(minitrain("replay", run, "--nan-bisect", "--json").output)
     assert list(document) == [
-        *("run", "step", "verified", "found", "first_bad", "method", "reason", "first_nonfinite", "later", "unchecked_before"),
+        *(
+            "run",
+            "step",
+            "verified",
+            "found",
+            "first_bad",
+            "method",
+            "reason",
+            "first_nonfinite",
+            "later",
+            "unchecked_before",
+        ),
         *("verdict", "proof", "remedy", "commands", "before", "journal"),
     ]
     bad = document["first_bad"]
@@ -371,3 +382,62 @@ def test_what_cannot_be_bisected(healthy, tmp_path, record_run):
     empty = record_run(tmp_path / "empty", stop=lambda: True)
     with pytest.raises(RunError, match="expected at least one recorded step, got none; there is nothing to bisect"):
         nan_bisect(empty)
+
+
+# Odd runs
+
+
+def test_a_run_that_went_on_after_it_was_not_finite(train):
+    """Only the first step of many that are not finite has an incident, and the fault is the step before."""
+    run = train("training.on_nonfinite=continue", *injection("param_nan", 11, target=TARGET, element=[3, 7]))
+    found = nan_bisect(run)
+    assert open_run(run).steps == 30
+    assert found.search.nonfinite == 12
+    assert told(found) == ("stored_state", 11, "update", f"param.{TARGET}", (3, 7))
+
+
+def test_a_run_of_the_twins(train):
+    """``backend: reference`` too: the replay and every guess about the update go by the kernels of the run."""
+    found = nan_bisect(train("training.backend=reference", *injection("scale", 7, factor=3)))
+    assert told(found) == ("transient", 7, "clip", "clip", None)
+
+
+def test_a_run_that_was_stopped(train):
+    """An unfinished run is searched up to where it came."""
+
+    class Stop:
+        asked = 0
+
+        def __call__(self) -> bool:
+            self.asked += 1
+            return self.asked > 14
+
+    found = nan_bisect(train(*injection("lr_jump", 9), stop=Stop()))
+    assert (found.last, told(found)[:2]) == (13, ("schedule", 9))
+
+
+@pytest.mark.parametrize("lost", [8, 16])
+def test_a_lost_keyframe(train, lost):
+    """The segment is reached from the keyframe before, through the fault or to it."""
+    run = train("record.moments=keyframes", *injection("grad_nan", 18, target=TARGET, element=[1, 2]))
+    for kind in ("param", "m", "v"):
+        (run / f"record.zarr/keyframe_{kind}/c.{lost // 8}.0").unlink()
+    assert told(nan_bisect(run)) == ("transient", 18, "backward", f"grad.{TARGET}", (1, 2))
+
+
+def test_two_faults(train, fault):
+    """What shows is told; what no replay has looked at is said to be so, and found if it is asked about."""
+    broken = fault(5, lambda parts: parts.model.grads["ln_f.bias"].__imul__(np.float32(2)), "clip")
+    run = train(*injection("param_nan", 20), watchers=[broken])
+    found = nan_bisect(run)
+    assert told(found)[:2] == ("stored_state", 20)
+    assert found.search.unchecked == range(16)
+    assert told(nan_bisect(run, 19))[:4] == ("transient", 5, "backward", "grad.ln_f.bias")
+    assert "steps 0 to 15 were not run again: minitrain verify " in minitrain("replay", run, "--nan-bisect").output
+
+
+def test_a_fault_that_the_journal_tells_comes_before_one_that_shows(train, fault):
+    """Memory that changed needs no replay to be seen, however early it was."""
+    broken = fault(5, lambda parts: flip(parts.optimizer.v["ln_f.bias"], 3, 0))
+    found = nan_bisect(train(*injection("param_nan", 20), watchers=[broken]))
+    assert told(found) == ("stored_state", 5, "state", "v.ln_f.bias", (3,))
