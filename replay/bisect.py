@@ -15,7 +15,7 @@ from minitrain.errors import RunError
 from minitrain.record.recorded import open_run
 from minitrain.replay.causes import Remedy, remedy
 from minitrain.replay.rerun import Rerun, rerun
-from minitrain.replay.source import RecordedRun, require_match
+from minitrain.replay.source import RecordedRun, require_match, span
 from minitrain.replay.verifier import phase_of
 from minitrain.replay.which_step import Search, Searcher
 from minitrain.replay.within_step import Finding, Place, examine
@@ -36,10 +36,10 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Bisection:
-    """What was found in steps 0..last."""
+    """What was found in the steps from ``first`` to ``last``."""
 
     path: Path
-    steps: int
+    first: int
     last: int
     search: Search
     finding: Finding | None = None
@@ -59,7 +59,7 @@ def nan_bisect(
     blind: bool = False,
     show: Callable[[int], None] = lambda steps: None,
 ) -> Bisection:
-    """Find the first bad number in the steps 0..``step`` of this run, by default in all.
+    """Find the first bad number in the steps of this run up to ``step``, by default in all.
 
     The search itself never reads what the journal tells of injections; ``blind`` leaves it out of the answer too.
     ``show`` is told, in any thread, how many more steps are done with. Raises RunError where there is no such step,
@@ -68,25 +68,28 @@ def nan_bisect(
     run = open_run(path, blind=True)
     if not run.steps:
         raise RunError(f"{path}: expected at least one recorded step, got none; there is nothing to bisect")
-    last = run.steps - 1 if step is None else step
-    if not 0 <= last < run.steps:
-        raise RunError(f"--step {last}: expected one of the recorded steps 0..{run.steps - 1} of {path}, got {last}")
+    last = run.steps[-1] if step is None else step
+    if last not in run.steps:
+        raise RunError(
+            f"--step {last}: expected one of the recorded steps {span(run.steps)} of {path}, got {last}"
+            f"{run.before(last)}"
+        )
     source = RecordedRun(run)
     require_match(source)
     search = Searcher(source, workers, show).search(last)
     if search.first is None:
-        return Bisection(path, run.steps, last, search)
+        return Bisection(path, run.start, last, search)
     again = rerun(source, search.first.step)
     finding = examine(again, search.first)
     events = [] if blind else [e for e in open_run(path).events if e["event"] == "injection"]
     return Bisection(
         path,
-        run.steps,
+        run.start,
         last,
         search,
         finding,
         attribute(again, finding.place),
-        remedy(path, run.config, finding),
+        remedy(run, finding),
         tuple(again.magnitudes),
         tuple(e for e in events if e["step"] == finding.place.step or (e["step"] + 1 == finding.place.step)),
     )

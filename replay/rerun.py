@@ -13,10 +13,10 @@ from minitrain.loop import StepStats
 from minitrain.record.journal import Frame
 from minitrain.replay.machine import Machine
 from minitrain.replay.source import RecordedRun
-from minitrain.replay.states import copy_state, empty_state
+from minitrain.replay.states import empty_state
 from minitrain.replay.verifier import Difference, phase_of
 from minitrain.replay.which_step import start_of
-from minitrain.state import State
+from minitrain.state import State, copy_state
 from minitrain.tensors import Tensors, parameter_table, shared, sites
 
 BEFORE = 5
@@ -53,7 +53,7 @@ def rerun(source: RecordedRun, step: int) -> Rerun:
     """Run it. Raises RunError where the data or the record cannot be read."""
     machine = Machine(source, injections=False)
     model, magnitudes = machine.config.model, []
-    first = max(0, step - BEFORE)
+    first = max(source.run.start, step - BEFORE)
     with machine.hooks.probe() as probe:
         machine.put(start_of(source, first))
         while machine.state.step < step:

@@ -22,7 +22,6 @@ from minitrain.record.digests import groups, rng_words
 from minitrain.replay.machine import Machine
 from minitrain.replay.segments import default_workers
 from minitrain.replay.source import RecordedRun
-from minitrain.replay.states import initial_state
 from minitrain.replay.verifier import double_bits
 from minitrain.schedule import lr_at
 from minitrain.state import State
@@ -42,15 +41,15 @@ class Suspect(NamedTuple):
 
 
 class Search(NamedTuple):
-    """What was found in steps 0..N, how, and what else is known."""
+    """What was found in the steps up to N, how, and what else is known."""
 
     first: Suspect | None
     method: Literal["finiteness", "segments"]
     reason: str
     nonfinite: int | None
-    """The first step of 0..N whose loss or norm is not finite."""
+    """The first step up to N whose loss or norm is not finite."""
     later: int | None = None
-    """With nothing in 0..N: the first step after N that is not what it should have been."""
+    """With nothing up to N: the first step after N that is not what it should have been."""
     unchecked: range = range(0)
     """Steps before the one found that nobody has run again."""
 
@@ -64,18 +63,18 @@ class Searcher:
         self._workers = workers or default_workers()
         self._stopped = Event()
         run = source.run
-        self._segments: list[Bounds] = list(pairwise([*(k for k in run.layout.keyframes if k < run.steps), run.steps]))
+        self._segments: list[Bounds] = list(pairwise([*(k for k in run.layout.keyframes if k < run.end), run.end]))
 
     def search(self, last: int) -> Search:
-        """Among the steps 0..last. Raises RunError where the data or the record cannot be read."""
+        """Among the steps up to ``last``. Raises RunError where the data or the record cannot be read."""
         nonfinite = first_nonfinite(self._source, last)
         return self._by_segments(last) if nonfinite is None else self._by_finiteness(nonfinite)
 
     def _by_segments(self, last: int) -> Search:
         found = self._earliest(self._segments)
         reason = (
-            f"every loss and norm of steps 0 to {last} is finite, so each segment was replayed from its own keyframe "
-            "without injections and every step held against its record; the earliest difference counts"
+            f"every loss and norm of steps {self._source.run.start} to {last} is finite, so each segment was replayed from "
+            "its own keyframe without injections and every step held against its record; the earliest difference counts"
         )
         if found and found.step > last:
             return Search(None, "segments", reason, None, later=found.step)
@@ -92,19 +91,21 @@ class Searcher:
         unchecked = range(0)
         if found or told:
             reason += f"; only the segment from keyframe {start} was replayed, up to it"
-            unchecked = range(start)
+            unchecked = range(self._source.run.start, start)
         else:
             found = self._earliest(segments[:-1])
             reason += f"; the segment from keyframe {start} replays as recorded, so those before it were replayed too"
         first = min(filter(None, (found, told)), default=None)
         if first is None:
             return Search(Suspect(self._first_made(segments), "arithmetic"), "finiteness", reason, step)
-        return Search(first, "finiteness", reason, step, unchecked=range(min(first.step, unchecked.stop)))
+        return Search(
+            first, "finiteness", reason, step, unchecked=range(unchecked.start, min(first.step, unchecked.stop))
+        )
 
     def _told(self, last: int) -> Suspect | None:
         """The first step up to ``last`` whose frame alone says that it is wrong: memory, batch, streams, rate."""
         source, config = self._source, self._source.config
-        for t in range(last + 1):
+        for t in range(source.run.start, last + 1):
             frame = source.frame(t)
             if source.memory_changed(t):
                 return Suspect(t, "memory")
@@ -159,8 +160,8 @@ class Searcher:
 
 
 def first_nonfinite(source: RecordedRun, last: int) -> int | None:
-    """The first step of 0..last whose recorded loss or norm is not finite."""
-    frames = map(source.frame, range(last + 1))
+    """The first step up to ``last`` whose recorded loss or norm is not finite."""
+    frames = map(source.frame, range(source.run.start, last + 1))
     return next((f.step for f in frames if not (math.isfinite(f.loss) and math.isfinite(f.grad_norm))), None)
 
 
@@ -170,8 +171,8 @@ def finite(state: State) -> bool:
 
 
 def start_of(source: RecordedRun, t: int) -> State:
-    """State t, or the nearest before it that can be had: what the seed gives, for 0."""
-    return source.nearest(t) if t else initial_state(source.config)
+    """State t, or the nearest before it that can be had; the first as it should be: from the seed, unless forked."""
+    return source.first() if t == source.run.start else source.nearest(t)
 
 
 def walk(source: RecordedRun, machine: Machine, start: int, end: int) -> Iterator[Suspect | None]:

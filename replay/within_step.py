@@ -70,11 +70,11 @@ def _memory(run: Rerun) -> Finding:
 
 
 def _stored(run: Rerun, left: Any, read: Any, when: str, whose: str) -> Finding:
-    names = list(run.before.params)
+    names, start = list(run.before.params), run.source.run.start
     kind, n = sorted(np.argwhere(left != read).tolist(), key=lambda place: (place[0] or 3, place[1]))[0]
     clean = groups(run.before)[kind][names[n]]
     try:
-        read_state = run.source.incident(run.step) if run.step else run.source.run.keyframe(0)
+        read_state = run.source.incident(run.step) if run.step > start else run.source.run.keyframe(start)
         elements = compare(groups(read_state)[kind][names[n]], clean)
     except RunError:
         elements = search(clean, int(read[kind][n]))
@@ -100,16 +100,17 @@ def _arithmetic(run: Rerun) -> Finding:
         place = place._replace(index=at, recorded=bits, replayed=bits, differing=len(bad), elements=now.size)
     count = "" if place.differing is None else f"{place.differing} of {place.elements} numbers of "
     proof = (
-        f"the replay from the seed on gives the recorded bits of steps 0 to {run.step}, and in it {count}{site} "
+        f"the replay from the first state on gives the recorded bits up to step {run.step}, and in it {count}{site} "
         f"({place.phase}) are the first that are not finite, out of finite inputs"
     )
     return Finding(place, "arithmetic", proof)
 
 
 def _read(run: Rerun) -> Finding | None:
-    """What the step read: state 0, batch, streams."""
-    if run.step == 0 and not np.array_equal(made := state_digests(run.before), run.frame.digest_in):
-        return _stored(run, made, run.frame.digest_in, "before step 0", "the seed gives")
+    """What the step read: the first state, batch, streams."""
+    first_step = run.step == run.source.run.start
+    if first_step and not np.array_equal(made := state_digests(run.before), run.frame.digest_in):
+        return _stored(run, made, run.frame.digest_in, f"before step {run.step}", "the run has to begin with")
     first = next((d for d in run.differences if d.phase == "data"), None)
     if first is None:
         return None

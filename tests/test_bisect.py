@@ -271,7 +271,7 @@ def test_arithmetic(train):
     assert found.finding is not None
     assert found.finding.verdict == "arithmetic"
     assert found.finding.place.step <= (found.search.nonfinite or 0)
-    assert "the replay from the seed on gives the recorded bits" in found.finding.proof
+    assert "the replay from the first state on gives the recorded bits" in found.finding.proof
     assert found.remedy is not None
     assert "--set optimizer.lr_max=1e+24 --set optimizer.clip=0.5 --out-dir" in found.remedy.commands[0]
 
@@ -391,7 +391,7 @@ def test_a_run_that_went_on_after_it_was_not_finite(train):
     """Only the first step of many that are not finite has an incident, and the fault is the step before."""
     run = train("training.on_nonfinite=continue", *injection("param_nan", 11, target=TARGET, element=[3, 7]))
     found = nan_bisect(run)
-    assert open_run(run).steps == 30
+    assert open_run(run).end == 30
     assert found.search.nonfinite == 12
     assert told(found) == ("stored_state", 11, "update", f"param.{TARGET}", (3, 7))
 
@@ -423,6 +423,19 @@ def test_a_lost_keyframe(train, lost):
     for kind in ("param", "m", "v"):
         (run / f"record.zarr/keyframe_{kind}/c.{lost // 8}.0").unlink()
     assert told(nan_bisect(run)) == ("transient", 18, "backward", f"grad.{TARGET}", (1, 2))
+
+
+def test_a_forked_run(train, tmp_path, record_run):
+    """It begins with a state of its parent, which is trusted; what is before is asked of the parent."""
+    parent = train()
+    more = ["injections=[]", *injection("v_corrupt", 20)]
+    run = fork_of(record_run, parent, 12, tmp_path / "fork", *more)
+    found = nan_bisect(run)
+    assert told(found)[:4] == ("stored_state", 20, "update", "v.lm_head.bias")
+    assert "every loss and norm of steps 12 to 29 is finite" in found.search.reason
+    assert nan_bisect(run, 19).finding is None
+    with pytest.raises(RunError, match=r"--step 5: expected one of the recorded steps 12..29 of .*forked at state 12"):
+        nan_bisect(run, 5)
 
 
 def test_two_faults(train, fault):

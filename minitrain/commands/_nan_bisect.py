@@ -27,7 +27,7 @@ def find(path: Path, step: int | None, blind: bool, as_json: bool) -> None:
 
     if path.is_file():
         raise RunError(f"{path}: --nan-bisect expects a run folder, got a bundle: it has one step, which replay runs")
-    steps = open_run(path).steps
+    steps = len(open_run(path).steps)
     with steps_bar(bar_wanted(False, as_json), steps, "bisect") as show:
         found = nan_bisect(path, step, blind=blind, show=show)
     click.echo(json.dumps(as_dict(found), allow_nan=False) if as_json else text(found))
@@ -94,7 +94,9 @@ def text(found: Bisection) -> str:
         lines += _block("journal", f"injection {event['name']} at step {event['step']}{f' ({about})' if about else ''}")
     lines += _block("method", f"{search.method}: {search.reason}")
     if search.unchecked:
-        lines += _block("", f"steps 0 to {search.unchecked.stop - 1} were not run again: minitrain verify {found.path}")
+        lines += _block(
+            "", f"steps {found.first} to {search.unchecked.stop - 1} were not run again: minitrain verify {found.path}"
+        )
     lines += ["", *_magnitudes(found), "", *_block("remedy", found.remedy.advice)]
     lines += [f"         {command}" for command in found.remedy.commands]
     return "\n".join(lines)
@@ -102,7 +104,9 @@ def text(found: Bisection) -> str:
 
 def _nothing(found: Bisection) -> str:
     search = found.search
-    lines = [f"nothing is wrong in steps 0 to {found.last} of {found.path}: each replays bit for bit as recorded"]
+    lines = [
+        f"nothing is wrong in steps {found.first} to {found.last} of {found.path}: each replays bit for bit as recorded"
+    ]
     if search.later is not None:
         lines += [
             f"the first faulty step comes after them: {search.later}",

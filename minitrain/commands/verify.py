@@ -56,15 +56,18 @@ def verify_json(found: Verification) -> dict[str, Any]:
         "steps_checked": found.steps_checked,
         "faulty_steps": [fault._asdict() for fault in found.faults],
         "unverified_steps": found.unverified,
+        **({"first_state": found.first._asdict()} if found.first else {}),
     }
 
 
 def verify_text(run: Run, found: Verification, seconds: float) -> str:
     """What a person reads at the end."""
     if found.verified:
+        first = f"\nforked: {found.first.message}" if found.first else ""
         return (
             f"verified: {found.steps_checked} steps and {len(run.keyframes)} keyframes of {run.path} are bit for bit "
             f"as recorded, and so is every file of the record ({seconds:.1f} s)"
+            f"{first}"
         )
     lines = [f"fault: {fault.message}" for fault in found.faults[:SHOWN]]
     if len(found.faults) > SHOWN:
@@ -72,7 +75,7 @@ def verify_text(run: Run, found: Verification, seconds: float) -> str:
     if found.unverified:
         lines.append(f"unverified: {ranges(found.unverified)}")
     lines.append(f"{found.steps_checked} steps checked, {len(found.faults)} faults ({seconds:.1f} s)")
-    replayed = [fault.step for fault in found.faults if fault.step < run.steps]
+    replayed = [fault.step for fault in found.faults if fault.step in run.steps]
     if replayed:
         lines.append(f"next: minitrain replay {run.path} --step {replayed[0]}")
     return "\n".join(lines)
