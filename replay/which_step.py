@@ -71,10 +71,10 @@ class Searcher:
         return self._by_segments(last) if nonfinite is None else self._by_finiteness(nonfinite)
 
     def _by_segments(self, last: int) -> Search:
-        found = self._earliest(self._segments)
+        found, first = self._earliest(self._segments), self._source.run.start
         reason = (
-            f"every loss and norm of steps {self._source.run.start} to {last} is finite, so each segment was replayed from "
-            "its own keyframe without injections and every step held against its record; the earliest difference counts"
+            f"every loss and norm of steps {first} to {last} is finite, so each segment was replayed from its own "
+            "keyframe without injections and every step held against its record; the earliest difference counts"
         )
         if found and found.step > last:
             return Search(None, "segments", reason, None, later=found.step)

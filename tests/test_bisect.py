@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from minitrain import trainer
 from minitrain.cli import main
 from minitrain.errors import RunError
+from minitrain.fork import fork
 from minitrain.record.recorded import open_run
 from minitrain.replay.bisect import Bisection, nan_bisect
 from minitrain.replay.causes import MEANING
@@ -425,11 +426,10 @@ def test_a_lost_keyframe(train, lost):
     assert told(nan_bisect(run)) == ("transient", 18, "backward", f"grad.{TARGET}", (1, 2))
 
 
-def test_a_forked_run(train, tmp_path, record_run):
+def test_a_forked_run(train, tmp_path):
     """It begins with a state of its parent, which is trusted; what is before is asked of the parent."""
-    parent = train()
-    more = ["injections=[]", *injection("v_corrupt", 20)]
-    run = fork_of(record_run, parent, 12, tmp_path / "fork", *more)
+    config, origin = fork(train(), 12, None, injection("v_corrupt", 20))
+    trainer.run(config, run := tmp_path / "fork", origin=origin)
     found = nan_bisect(run)
     assert told(found)[:4] == ("stored_state", 20, "update", "v.lm_head.bias")
     assert "every loss and norm of steps 12 to 29 is finite" in found.search.reason
