@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minitrain.data.tokenizer import Tokenizer
+from minitrain.data.tokenizer import SPECIALS, Tokenizer
 from minitrain.errors import RunError
 from minitrain.record.recorded import open_run
 from minitrain.replay.causes import Remedy, remedy
@@ -105,12 +105,16 @@ def attribute(run: Rerun, place: Place) -> Sample:
         return Sample()
     if place.tensor is not None:  # a row of the embedding, or an output of the head, is a token's
         own = place.differing == 1 and re.fullmatch(r"embed\.weight|lm_head\.(weight|bias)", place.tensor)
-        return Sample(token=tokenizer.decode([place.index[0]])) if own and place.index[0] < tokenizer.size else Sample()
+        return Sample(token=_token(tokenizer, place.index[0])) if own and place.index[0] < tokenizer.size else Sample()
     if phase_of(place.site) not in ("forward", "backward") or len(place.index) < 3:
         return Sample()
     row, position = place.index[0], place.index[2 if place.site.endswith("attn.probs") else 1]
-    token = tokenizer.decode([int(run.batch.inputs[row, position])])
+    token = _token(tokenizer, int(run.batch.inputs[row, position]))
     return _sample(run, row, position, token, int(run.frame.rows[row]))
+
+
+def _token(tokenizer: Tokenizer, id: int) -> str:
+    return SPECIALS[id] if id < len(SPECIALS) else tokenizer.pieces[id]
 
 
 def _sample(run: Rerun, row: int, position: int | None, token: str | None, number: int) -> Sample:

@@ -65,8 +65,8 @@ def _arithmetic(run: Run, finding: Finding, bundle: str) -> Remedy:
     rates = [f"optimizer.lr_max={high:g}"]
     rates += [f"optimizer.lr_min={high / 10:g}"] if config.optimizer.lr_min > high else []
     advice = (
-        f"the numbers have grown until they overflowed: go back {finding.place.step - back} steps, with a lower "
-        "learning rate and a lower clip"
+        f"the numbers have grown until they overflowed: go on from state {back} with a lower learning rate and a "
+        "lower clip"
     )
     return Remedy(advice, (fork(run.path, back, *rates, "optimizer.clip=0.5"), bundle))
 

@@ -94,7 +94,8 @@ class Searcher:
             unchecked = range(self._source.run.start, start)
         else:
             found = self._earliest(segments[:-1])
-            reason += f"; the segment from keyframe {start} replays as recorded, so those before it were replayed too"
+            reason += f"; the segment from keyframe {start} replays as recorded"
+            reason += ", so those before it were replayed too" if segments[:-1] else ""
         first = min(filter(None, (found, told)), default=None)
         if first is None:
             return Search(Suspect(self._first_made(segments), "arithmetic"), "finiteness", reason, step)

@@ -118,7 +118,12 @@ def _read(run: Rerun) -> Finding | None:
     site = "batch" if first.kind in ("batch", "tokens") else first.site
     place = Place(run.step, "data", site, rows=rows)
     if rows:
-        proof = f"{len(rows)} of {len(run.batch.rows)} samples are not those that the stream gives step {run.step}"
+        number, ids = int(run.frame.rows[rows[0]]), run.source.data.train.ids
+        was = ids[number] if 0 <= number < len(ids) else "no sample of the training split"
+        proof = (
+            f"{len(rows)} of {len(run.batch.rows)} samples are not those that the stream gives step {run.step}: "
+            f"row {rows[0]} held {was}, the stream has {run.batch.ids[rows[0]]} there"
+        )
     elif site == "batch":
         proof = "the samples are those of the stream, and the tokens that the engine read are not theirs"
     else:

@@ -189,6 +189,13 @@ def test_a_flipped_bit_that_is_gone_again(train, tier):
     )  # fmt: skip
 
 
+def test_special_tokens_have_names(train):
+    """The head's bias of <eos>."""
+    found = nan_bisect(train(*injection("param_nan", 9, target="lm_head.bias", element=[2])))
+    assert found.sample is not None
+    assert found.sample.token == "<eos>"
+
+
 def test_a_scaled_moment(train):
     """Every element by the same factor, which the proof names."""
     found = nan_bisect(train(*injection("v_corrupt", 11)))
@@ -203,7 +210,7 @@ def test_another_batch(train):
     assert told(found) == ("data", 14, "data", "batch", None)
     assert found.finding is not None
     assert found.finding.place.rows == (0, 1, 2)
-    assert found.finding.proof == "3 of 3 samples are not those that the stream gives step 14"
+    assert found.finding.proof.startswith("3 of 3 samples are not those that the stream gives step 14: row 0 held no ")
     assert found.sample is not None
     assert (found.sample.row, found.sample.sample_id) == (0, None)
 

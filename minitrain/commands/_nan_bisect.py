@@ -76,17 +76,19 @@ def text(found: Bisection) -> str:
     if finding is None or found.sample is None or found.remedy is None:
         return _nothing(found)
     place, sample = finding.place, found.sample
-    where = f"first bad number: step {place.step}, {place.phase}, {place.site}"
+    where = f"first bad number: step {place.step}, {place.phase}"
+    where += f", {place.site}" if place.site != place.phase else ""
     where += f", element {list(place.index)}" if place.index is not None else ""
     lines = [where]
     if place.replayed:
         known = place.recorded is not None
         recorded = _bits(place.recorded) if place.recorded else "not known"
-        count = f" ({place.differing} of {place.elements} elements differ)" if known and place.elements else ""
+        what = "are not finite" if finding.verdict == "arithmetic" else "differ"
+        count = f" ({place.differing} of {place.elements} elements {what})" if known and place.elements else ""
         lines.append(f"  recorded {recorded}, replayed {_bits(place.replayed)}{count}")
     if place.rows:
         lines.append(f"  rows {', '.join(map(str, place.rows))} of the batch")
-    if told := _whose(sample):
+    elif told := _whose(sample):
         lines.append(f"  {told}")
     lines += ["", *_block("verdict", f"{finding.verdict}: {MEANING[finding.verdict]}"), *_block("proof", finding.proof)]
     for event in found.journal:
