@@ -284,6 +284,16 @@ def test_arithmetic(train):
     assert "--set optimizer.lr_max=1e+24 --set optimizer.clip=0.5 --out-dir" in found.remedy.commands[0]
 
 
+def test_arithmetic_of_an_update(train):
+    """A rate that is infinite in float32: parameters overflow in the update, a step before a loss shows it."""
+    run = train("optimizer.lr_max=1e39", "optimizer.lr_min=1e38", "scheduler.warmup_steps=0")
+    found = nan_bisect(run)
+    assert found.search.nonfinite == 1
+    assert told(found)[:4] == ("arithmetic", 0, "update", "param.embed.weight")
+    assert found.finding is not None
+    assert "numbers of param.embed.weight (update) are the first that are not finite" in found.finding.proof
+
+
 def test_a_run_that_did_not_begin_at_its_seed(train, monkeypatch):
     """State 0 is not trusted either."""
     assemble = trainer.assemble
