@@ -223,9 +223,9 @@ def _index(one: Injection) -> tuple[int, ...]:
 # What an injection may be
 
 
-def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
+def load(path: Path | str | None, overrides: Sequence[str] = (), below: tuple[Config, str] | None = None) -> Config:
     """`load_config`, resolved. Raises ConfigError, which tells where each mistake stands."""
-    return resolved(*read_config(path, overrides))
+    return resolved(*read_config(path, overrides, below))
 
 
 def resolved(config: Config, places: Mapping[str, str] = MappingProxyType({})) -> Config:

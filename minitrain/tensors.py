@@ -113,19 +113,22 @@ def activation_table(c: ModelConfig, B: int, T: int) -> list[Activation]:
 def gradient_table(c: ModelConfig, B: int, T: int) -> list[Activation]:
     """The arrays that the backward pass writes for activations, in the order of the forward pass."""
     unmaterialised = {"softmax", "log_softmax", "losses", *(f"block.{i}.ffn.slope" for i in range(c.n_layer))}
-    # The gradient of a branch that is added to the residual stream is the stream's own.
-    shared = {
-        f"block.{i}.{x}.out": f"block.{i}.{y}" for i in range(c.n_layer) for x, y in (("attn", "mid"), ("ffn", "out"))
-    }
+    alike = shared(c)
     table = [
         Activation(f"grad:{a.name}", a.shape, a.site)
         for a in activation_table(c, B, T)
-        if a.name not in unmaterialised and not a.name.endswith((".mean", ".rstd")) and a.name not in shared
+        if a.name not in unmaterialised and not a.name.endswith((".mean", ".rstd")) and f"grad:{a.name}" not in alike
     ]
     if c.dropout:  # the gradient before the mask, which the weights need
         kept = [f"block.{i}.{x}" for i in range(c.n_layer) for x in ("attn.kept", "ffn.kept")]
         table += [Activation(f"grad:{name}", (B, T, c.d_model), False) for name in ["embed.kept", *kept]]
     return table
+
+
+def shared(c: ModelConfig) -> dict[str, str]:
+    """Sites that are heard in another's array: a branch has the gradient of the residual stream that it is added to."""
+    pairs = ("attn", "mid"), ("ffn", "out")
+    return {f"grad:block.{i}.{x}.out": f"grad:block.{i}.{y}" for i in range(c.n_layer) for x, y in pairs}
 
 
 def sites(c: ModelConfig) -> list[str]:

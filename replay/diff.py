@@ -21,7 +21,7 @@ from minitrain.record.recorded import Run
 from minitrain.replay.evidence import distance
 from minitrain.replay.fingerprint import environment
 from minitrain.replay.replayer import Replay
-from minitrain.replay.source import RecordedRun
+from minitrain.replay.source import RecordedRun, span
 from minitrain.replay.states import named_tensors
 from minitrain.replay.verifier import double_bits, phase_of
 from minitrain.tensors import canonical_bits, parameter_table, sites
@@ -55,8 +55,9 @@ class SiteDifference(NamedTuple):
 class Diff:
     """What two runs have in common, and where they part. ``steps`` are those that both have recorded."""
 
-    steps: int
-    lengths: tuple[int, int]
+    steps: range
+    recorded_steps: tuple[range, range]
+    """Those of each."""
     config: list[str]
     """The keys that differ, a line each."""
     environment: list[str]
@@ -81,10 +82,10 @@ class Diff:
 def diff(a: Run, b: Run) -> Diff:
     """Raises RunError where the runs cannot be compared: other shapes, or no step that both have."""
     require_comparable(a, b)
-    steps = min(a.steps, b.steps)
+    steps = range(max(a.start, b.start), min(a.end, b.end))
     found = Diff(steps, (a.steps, b.steps), differing_keys(a.config, b.config), [*_fingerprints(a, b)])
     found.environment += environment(a.manifest, b.manifest)
-    found.first_step = next((t for t in range(steps) if _differs(a, b, t)), None)
+    found.first_step = next((t for t in steps if _differs(a, b, t)), None)
     if found.first_step is not None:
         names = _Names(a, b)
         found.recorded = list(names.differences(a.frame(found.first_step), b.frame(found.first_step)))
@@ -110,6 +111,11 @@ def require_comparable(a: Run, b: Run) -> None:
             f"{a.path} and {b.path}: expected runs whose steps have the same arrays, got {', '.join(other)}; compare "
             "runs of the same model and batch size"
         )
+    if max(a.start, b.start) >= min(a.end, b.end):
+        raise RunError(
+            f"{a.path} and {b.path}: expected runs with steps in common, got {span(a.steps)} and {span(b.steps)}; "
+            "compare a forked run with one that reaches behind its first state"
+        )
 
 
 def _fingerprints(a: Run, b: Run) -> Iterator[str]:
@@ -124,7 +130,7 @@ _SAME = ("rows", "batch_digest", "rng", "loss", "lr", "grad_norm", "grad_norm_cl
 
 def _differs(a: Run, b: Run, t: int) -> bool:
     """By what stands in the two journals; every NaN is the same there."""
-    one, other = a.journal.steps[t], b.journal.steps[t]
+    one, other = a.journal.body(t), b.journal.body(t)
     if any(_plain(one[key]) != _plain(other[key]) for key in _SAME):
         return True
     if (one["digest_in"] is not None or other["digest_in"] is not None) and not np.array_equal(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from numpy.typing import NDArray
+
 from minitrain.assembly import learner
 from minitrain.data.batches import Batch
 from minitrain.data.tokenizer import Tokenizer
 from minitrain.inject import maybe_inject
 from minitrain.loop import StepStats, watched_step
 from minitrain.replay.source import Source
-from minitrain.replay.states import copy_state
 from minitrain.replay.verifier import Difference, Verifier
 from minitrain.state import State
 
@@ -35,10 +38,14 @@ class Machine:
         """The live state: views of the buffers that the next step reads and changes."""
         return self._learner.state()
 
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays of the passes by name, as the running step or the last one has them."""
+        return self._learner.model.activations()
+
     def put(self, state: State) -> None:
         """Go to this state, whose bits are copied."""
-        copy_state(state, self.state)
-        self._learner.go_to(state.step)
+        self._learner.put(state)
 
     @property
     def batch(self) -> Batch:

@@ -1,9 +1,10 @@
 """`minitrain verify`: every step of a run replayed and held against its record, segment by segment.
 
 A segment begins at a keyframe and ends at the next, so segments are independent of each other and run in parallel, a
-machine for each thread (the engine works without the GIL). The first begins at state 0, rebuilt from seed and data.
-What a fault makes of the states behind it says nothing about them: up to the next keyframe they are unverified. The
-audit goes on from the recorded state instead, so that every transition stands on its own.
+machine for each thread (the engine works without the GIL). The first begins at state 0, rebuilt from seed and data, or
+in a forked run at its first keyframe, which is held against the manifest and the parent (origin.py). What a fault makes
+of the states behind it says nothing about them: up to the next keyframe they are unverified. The audit goes on from the
+recorded state instead, so that every transition stands on its own.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from minitrain.record.digests import KINDS, groups
 from minitrain.record.recorded import Run
 from minitrain.replay.machine import Machine
 from minitrain.replay.onward import state_behind
+from minitrain.replay.origin import FirstState, first_state
 from minitrain.replay.recurrence import RecurrenceReport, SegmentRecurrence, unable
 from minitrain.replay.source import RecordedRun, memory_change, require_match
-from minitrain.replay.states import initial_state
 from minitrain.replay.verifier import Difference, parameter_of
 from minitrain.state import State
 from minitrain.tensors import canonical_bits, parameter_table
@@ -50,6 +51,8 @@ class Verification:
     steps_checked: int = 0
     faults: list[Fault] = field(default_factory=list)
     unverified: list[int] = field(default_factory=list)
+    first: FirstState | None = None
+    """What is known of the state with which a forked run began."""
     lost: list[str] = field(default_factory=list)
     """Why the audit could not go on behind a fault, a line each."""
     recurrence: RecurrenceReport | None = None
@@ -99,6 +102,9 @@ def verify(
     machines: SimpleQueue[Machine] = SimpleQueue()
     for _ in range(workers):
         machines.put(Machine(source, injections=injections))
+    if run.parent:
+        found.first = first_state(run)
+        found.faults += [Fault(run.start, "parent", None, found.first.message)] * found.first.fault
 
     def check(segment: _Segment) -> _Segment:
         machine = machines.get()
@@ -146,7 +152,7 @@ def recurrence(
     source, report, stopped = _recorded(run), RecurrenceReport(), Event()
     report.reason = unable(source)
     if report.reason:
-        show(run.steps)
+        show(len(run.steps))
         return report
 
     def check(bounds: tuple[int, int]) -> RecurrenceReport:
@@ -176,12 +182,12 @@ def _recorded(run: Run) -> RecordedRun:
 
 def _bounds(run: Run) -> list[tuple[int, int]]:
     """Where each segment begins and ends."""
-    return list(pairwise([*(k for k in run.layout.keyframes if k < run.steps), run.steps]))
+    return list(pairwise([*(k for k in run.layout.keyframes if k < run.end), run.end]))
 
 
 def work_of(run: Run, audit: bool = False) -> int:
     """How much `verify` does: each step is replayed once, and read once; in an audit its recurrence is checked too."""
-    return (3 if audit else 2) * run.steps
+    return (3 if audit else 2) * len(run.steps)
 
 
 def _disk(run: Run, stopped: Event, show: Callable[[int], None]) -> list[Fault]:
@@ -204,12 +210,17 @@ def _replayed(source: RecordedRun, machine: Machine, segment: _Segment, every: b
     Where the keyframe cannot be read, which the audit of the files tells, it begins at an earlier one. Behind a fault
     it ends, or with ``every`` goes on from the recorded state.
     """
-    start = initial_state(source.config) if segment.start == 0 else source.nearest(segment.start)
+    try:
+        start = source.first() if segment.start == source.run.start else source.nearest(segment.start)
+    except RunError:  # the first keyframe of a forked run, or all of them
+        segment.unverified += range(segment.start, segment.end)
+        yield from segment.unverified
+        return
     machine.put(start)
-    if segment.start == 0:
-        _hold(segment, 0, source, start)
+    if segment.start == source.run.start:
+        _hold(segment, segment.start, source, start)
         if segment.faults and every:
-            machine.put(source.run.keyframe(0))
+            machine.put(source.run.keyframe(segment.start))
     step = start.step
     while step < segment.end:
         if source.memory_changed(step):

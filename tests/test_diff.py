@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from minitrain import trainer
 from minitrain.cli import main
 from minitrain.errors import RunError
+from minitrain.fork import fork
 from minitrain.record.recorded import open_run
 from minitrain.replay.diff import diff
 
@@ -41,7 +43,8 @@ def test_equal_runs(make, tmp_path):
     """A copy is equal, over all steps; so is a run with other settings of what no bit depends on."""
     a = make()
     found = diff(a, open_run(shutil.copytree(a.path, tmp_path / "copy")))
-    assert (found.equal, found.steps, found.lengths, found.recorded, found.first_site) == (True, 30, (30, 30), [], None)
+    assert (found.equal, found.steps, found.recorded_steps) == (True, range(30), (range(30), range(30)))
+    assert (found.recorded, found.first_site) == ([], None)
     found = diff(a, make("training.threads=2", "record.moments=keyframes", "record.sites=digest"))
     assert found.equal
     assert found.config == [
@@ -120,7 +123,7 @@ def test_different_lengths(make, tmp_path, record_run):
     short = record_run(tmp_path / "short", stop=Stop())
     result = minitrain("diff", make().path, short)
     assert result.exit_code == 0
-    assert f"{make().path} has 30 steps, {short} 14: the first 14 are compared" in result.stdout
+    assert f"{make().path} has steps 0 to 29, {short} steps 0 to 13: steps 0 to 13 are compared" in result.stdout
     assert "equal: 14 steps of " in result.stdout
 
 
@@ -210,7 +213,12 @@ def test_json(make):
     assert result.exit_code == 1
     told = json.loads(result.stdout)
     assert {"equal", "first_step", "first_site"} < set(told)
-    assert (told["equal"], told["first_step"], told["steps_compared"], told["steps"]) == (False, 13, 14, [30, 14])
+    assert (told["equal"], told["first_step"], told["steps_compared"], told["steps"]) == (
+        False,
+        13,
+        14,
+        [[0, 30], [0, 14]],
+    )
     assert told["first_site"]["site"] == "block.0.ffn.pre"
     assert (told["first_site"]["b"], told["first_site"]["index"]) == ("nan", [1, 2, 3])
     assert told["reproduced"] == [True, True]
@@ -227,3 +235,23 @@ def test_the_environment_is_told(make, tmp_path):
     told = diff(make(), open_run(copy)).environment
     assert any(line.startswith("NumPy ") and line.endswith(" -> 0.1") for line in told)
     assert any(line.startswith("processor ") and line.endswith(" -> Abacus") for line in told)
+
+
+def test_a_fork_and_its_parent(make, tmp_path):
+    """Forked with nothing changed, the steps that both have are equal; with no step in common nothing is compared."""
+    parent = make().path
+    for name, first in ("fork", 9), ("late", 22):
+        config, origin = fork(parent, first)
+        trainer.run(config, tmp_path / name, origin=origin)
+    found = diff(open_run(parent), open_run(tmp_path / "fork"))
+    assert (found.equal, found.steps, found.recorded_steps[1]) == (True, range(9, 30), range(9, 30))
+    changed, origin = fork(parent, 9, overrides=["optimizer.clip=0.01"])
+    trainer.run(changed, tmp_path / "clipped", origin=origin)
+    found = diff(open_run(parent), open_run(tmp_path / "clipped"))
+    assert (found.first_step, found.reproduced) == (9, (True, True))
+    assert found.first_site is not None
+    assert found.first_site.site == "clip"
+    early, origin = fork(parent, 0, overrides=["scheduler.total_steps=22"])
+    trainer.run(early, tmp_path / "early", origin=origin)
+    with pytest.raises(RunError, match=r"expected runs with steps in common, got 0\.\.21 and 22\.\.29"):
+        diff(open_run(tmp_path / "early"), open_run(tmp_path / "late"))

@@ -50,8 +50,8 @@ def diff_json(found: Diff) -> dict[str, Any]:
         "equal": found.equal,
         "first_step": found.first_step,
         "first_site": site,
-        "steps_compared": found.steps,
-        "steps": list(found.lengths),
+        "steps_compared": len(found.steps),
+        "steps": [[steps.start, steps.stop] for steps in found.recorded_steps],
         "recorded": [difference._asdict() for difference in found.recorded],
         "sites_differing": found.sites_differing,
         "reproduced": found.reproduced and list(found.reproduced),
@@ -69,14 +69,16 @@ def _number(value: Any) -> Any:
 def diff_lines(a: Path, b: Path, found: Diff) -> list[str]:
     """What a person reads."""
     lines = []
-    if found.lengths[0] != found.lengths[1]:
-        lines.append(f"{a} has {found.lengths[0]} steps, {b} {found.lengths[1]}: the first {found.steps} are compared")
+    one, other = found.recorded_steps
+    if one != other:
+        lines.append(f"{a} has {_steps(one)}, {b} {_steps(other)}: {_steps(found.steps)} are compared")
     if found.equal:
         lines.append(
-            f"equal: {found.steps} steps of {a} and {b} have the same batches, scalars and states, bit for bit"
+            f"equal: {len(found.steps)} steps of {a} and {b} have the same batches, scalars and states, bit for bit"
         )
     else:
-        before = f"{found.first_step} earlier steps are identical" if found.first_step else "from the first step on"
+        earlier = (found.first_step or 0) - found.steps.start
+        before = f"{earlier} earlier steps are identical" if earlier else "from the first step on"
         lines.append(f"different at step {found.first_step} ({before})")
         lines += [f"  recorded {_recorded(difference)}" for difference in found.recorded[:SHOWN]]
         if len(found.recorded) > SHOWN:
@@ -86,6 +88,10 @@ def diff_lines(a: Path, b: Path, found: Diff) -> list[str]:
     if not found.equal:
         lines.append(f"next: minitrain replay {a} --step {found.first_step}")
     return lines
+
+
+def _steps(steps: range) -> str:
+    return f"steps {steps.start} to {steps.stop - 1}"
 
 
 def _recorded(difference: Recorded) -> str:

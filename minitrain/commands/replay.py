@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from minitrain.commands._nan_bisect import find
 from minitrain.errors import RunError, did_you_mean
-from minitrain.terminal import json_option
+from minitrain.terminal import columns, json_option
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     metavar="FILE.tar.gz",
     help="Write step N and all that running it elsewhere needs.",
 )
+@click.option("--nan-bisect", is_flag=True, help="Find the first bad number in steps 0..N, its cause and its remedy.")
 @click.option("--no-injection", is_flag=True, help="Leave recorded injections out: what should have happened.")
 @click.option("--blind", is_flag=True, help="The same, without reading what the record says of injections.")
 @click.option("--allow-mismatch", is_flag=True, help="Replay with another engine or other data: proves nothing.")
@@ -53,6 +55,7 @@ def command(
     print_batch: bool,
     hook: str | None,
     bundle: Path | None,
+    nan_bisect: bool,
     no_injection: bool,
     blind: bool,
     allow_mismatch: bool,
@@ -63,12 +66,20 @@ def command(
 
     RUN is a run folder or a bundle. The table shows the sites in the order in which the step passes them.
 
+    With --nan-bisect find the first bad number of steps 0 to N (of all, without --step): step, site, element, token and
+    sample, what kind of fault it was, the proof, and the command that goes on without it (docs/bisect.md).
+
     \b
     minitrain replay runs/a --step 500
     minitrain replay runs/a --step 500 --sites "block.1.attn.*" --hook entropy:show
     minitrain replay runs/a --step 500 --bundle step500.tar.gz
     minitrain replay step500.tar.gz
+    minitrain replay runs/a --nan-bisect
     """
+    if nan_bisect:
+        given = {"--to": last, "--dump": dump, "--print-batch": print_batch, "--hook": hook, "--bundle": bundle}
+        refuse_together("--nan-bisect", given | {"--allow-mismatch": allow_mismatch})
+        find(run, step, blind, as_json)
     from minitrain.replay.bundle import write_bundle
     from minitrain.replay.replayer import Replay
 
@@ -96,6 +107,13 @@ def command(
     sys.exit(int(bool(done.differing)))
 
 
+def refuse_together(option: str, others: Mapping[str, object]) -> None:
+    """Raises UsageError where one of the others was given too."""
+    for name, value in others.items():
+        if value not in (None, False):
+            raise click.UsageError(f"{name}: not together with {option}, which looks at the whole run")
+
+
 @dataclass
 class Done:
     """Steps that were run again. ``shown`` is the first that differs, else the last, and ``tensors`` its sites'."""
@@ -109,15 +127,17 @@ class Done:
 
 def steps_of(replay: Replay, step: int | None, last: int | None) -> tuple[int, int]:
     """The first and the last step to run. A bundle has but one."""
+    from minitrain.replay.source import span
+
     there = replay.source.steps
     if step is None:
         if not replay.source.path.is_file():
-            raise click.UsageError(f"expected --step N, one of the recorded steps 0..{len(there) - 1}")
+            raise click.UsageError(f"expected --step N, one of the recorded steps {span(there)}")
         step = there[0]
     if last is not None and last < step:
         raise click.UsageError(f"--to {last}: expected {step} or a later step, since the first is --step {step}")
     if last is not None and step in there and last not in there:
-        raise RunError(f"--to {last}: expected one of the recorded steps {there[0]}..{there[-1]}, got {last}")
+        raise RunError(f"--to {last}: expected one of the recorded steps {span(there)}, got {last}")
     return step, step if last is None else last
 
 
@@ -215,20 +235,13 @@ def _number(value: Any) -> Any:
 
 
 def print_table(rows: list[SiteReport]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("site", "phase", "finite"):
-        table.add_column(name, no_wrap=True)
-    for name in ("min", "max", "mean |x|"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("record", no_wrap=True)
-    words = {True: "same", False: "[red]differs[/red]", None: "-"}
-    for row in rows:
-        figures = ("-" if math.isnan(x) else f"{x:.4g}" for x in (row.min, row.max, row.mean_abs))
-        table.add_row(row.site, row.phase, "yes" if row.finite else "NO", *figures, words[row.digest_match])
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+    words = {True: "same", False: click.style("differs", "red"), None: "-"}
+    figures = [["-" if math.isnan(x) else f"{x:.4g}" for x in (row.min, row.max, row.mean_abs)] for row in rows]
+    lines = [
+        (row.site, row.phase, "yes" if row.finite else "NO", *numbers, words[row.digest_match])
+        for row, numbers in zip(rows, figures, strict=True)
+    ]
+    click.echo(columns(("site", "phase", "finite", "min", "max", "mean |x|", "record"), lines, right=(3, 4, 5)))
 
 
 def verdict_text(replay: Replay, done: Done) -> str:

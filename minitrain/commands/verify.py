@@ -64,7 +64,7 @@ def command(
         raise click.UsageError("--recurrence-only: expected it without --audit, which checks the recurrence too")
     started, recorded, injections = time.perf_counter(), open_run(run, blind=blind), not no_injection
     if recurrence_only:
-        with steps_bar(bar_wanted(quiet, as_json), recorded.steps, "recurrence") as show:
+        with steps_bar(bar_wanted(quiet, as_json), len(recorded.steps), "recurrence") as show:
             report = recurrence(recorded, workers=workers, injections=injections, show=show)
         told, verified = recurrence_only_json(report), report.verified
         lines = recurrence_lines(recorded, report)
@@ -99,6 +99,7 @@ def verify_json(found: Verification) -> dict[str, Any]:
         "steps_checked": found.steps_checked,
         "faulty_steps": [fault._asdict() for fault in found.faults],
         "unverified_steps": found.unverified,
+        **({"first_state": found.first._asdict()} if found.first else {}),
         **({"recurrence": recurrence_json(found.recurrence)} if found.recurrence else {}),
     }
 
@@ -137,6 +138,7 @@ def verify_lines(run: Run, found: Verification) -> list[str]:
         return [
             f"verified: {found.steps_checked} steps and {len(run.keyframes)} keyframes of {run.path} are bit for bit "
             f"as recorded{each}, and so is every file of the record",
+            *([f"forked: {found.first.message}"] if found.first else []),
             *recurred,
         ]
     lines = _few([f"fault: {fault.message}" for fault in found.faults])
@@ -145,7 +147,7 @@ def verify_lines(run: Run, found: Verification) -> list[str]:
         lines += _few([f"  {reason}" for reason in found.lost])
     lines.append(f"{found.steps_checked} steps checked, {len(found.faults)} faults")
     lines += recurred
-    replayed = [fault.step for fault in found.faults if fault.step < run.steps]
+    replayed = [fault.step for fault in found.faults if fault.step in run.steps]
     if replayed:
         lines.append(f"next: minitrain replay {run.path} --step {replayed[0]}")
     return lines
