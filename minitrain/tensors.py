@@ -6,6 +6,7 @@ C = d_model, F = d_ff, V = vocab_size, H heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -112,19 +113,22 @@ def activation_table(c: ModelConfig, B: int, T: int) -> list[Activation]:
 def gradient_table(c: ModelConfig, B: int, T: int) -> list[Activation]:
     """The arrays that the backward pass writes for activations, in the order of the forward pass."""
     unmaterialised = {"softmax", "log_softmax", "losses", *(f"block.{i}.ffn.slope" for i in range(c.n_layer))}
-    # The gradient of a branch that is added to the residual stream is the stream's own.
-    shared = {
-        f"block.{i}.{x}.out": f"block.{i}.{y}" for i in range(c.n_layer) for x, y in (("attn", "mid"), ("ffn", "out"))
-    }
+    alike = shared(c)
     table = [
         Activation(f"grad:{a.name}", a.shape, a.site)
         for a in activation_table(c, B, T)
-        if a.name not in unmaterialised and not a.name.endswith((".mean", ".rstd")) and a.name not in shared
+        if a.name not in unmaterialised and not a.name.endswith((".mean", ".rstd")) and f"grad:{a.name}" not in alike
     ]
     if c.dropout:  # the gradient before the mask, which the weights need
         kept = [f"block.{i}.{x}" for i in range(c.n_layer) for x in ("attn.kept", "ffn.kept")]
         table += [Activation(f"grad:{name}", (B, T, c.d_model), False) for name in ["embed.kept", *kept]]
     return table
+
+
+def shared(c: ModelConfig) -> dict[str, str]:
+    """Sites that are heard in another's array: a branch has the gradient of the residual stream that it is added to."""
+    pairs = ("attn", "mid"), ("ffn", "out")
+    return {f"grad:block.{i}.{x}.out": f"grad:block.{i}.{y}" for i in range(c.n_layer) for x, y in pairs}
 
 
 def sites(c: ModelConfig) -> list[str]:
@@ -155,7 +159,7 @@ class Tensors(Mapping[str, NDArray[np.float32]]):
 
     def __init__(self, table: Sequence[Parameter]) -> None:
         self.table = list(table)
-        counts = [int(np.prod(p.shape)) for p in self.table]
+        counts = [math.prod(p.shape) for p in self.table]
         self.offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.flat = np.zeros(int(self.offsets[-1]), np.float32)
         bounds = zip(self.table, self.offsets[:-1], self.offsets[1:], strict=True)
@@ -164,6 +168,12 @@ class Tensors(Mapping[str, NDArray[np.float32]]):
     def like(self) -> Tensors:
         """The same names and shapes, zeros."""
         return Tensors(self.table)
+
+    def copy(self) -> Tensors:
+        """The same names, shapes and bits."""
+        copy = self.like()
+        copy.flat[:] = self.flat
+        return copy
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         return self._views[name]

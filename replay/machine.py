@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from numpy.typing import NDArray
+
 from minitrain.assembly import learner
 from minitrain.data.batches import Batch
 from minitrain.data.tokenizer import Tokenizer
@@ -33,6 +37,11 @@ class Machine:
     def state(self) -> State:
         """The live state: views of the buffers that the next step reads and changes."""
         return self._learner.state()
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays of the passes by name, as the running step or the last one has them."""
+        return self._learner.model.activations()
 
     def put(self, state: State) -> None:
         """Go to this state, whose bits are copied."""

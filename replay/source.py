@@ -15,12 +15,13 @@ from minitrain.config import Config
 from minitrain.data.batches import Batch, TrainBatches
 from minitrain.data.prepare import Prepared
 from minitrain.errors import RunError
-from minitrain.record.digests import state_digests
+from minitrain.record.digests import KINDS, state_digests
 from minitrain.record.journal import Frame
 from minitrain.record.recorded import Run
 from minitrain.replay.fingerprint import mismatches
 from minitrain.replay.states import initial_state, read_arrays, read_state
 from minitrain.state import State
+from minitrain.tensors import parameter_table
 
 
 class Batches(Protocol):
@@ -141,13 +142,13 @@ class RecordedRun:
     def as_read(self, t: int) -> State:
         """State t as step t read it, in buffers of its own. Raises RunError where the record does not give it back."""
         if self.memory_changed(t):
-            return self._incident(t)
+            return self.incident(t)
         if t in self.run.keyframes:
             return self.run.keyframe(t)
-        return self.run.state(t) if self.config.record.moments == "every_step" else self._incident(t)
+        return self.run.state(t) if self.config.record.moments == "every_step" else self.incident(t)
 
-    def _incident(self, t: int) -> State:
-        """What stood in memory at step t, where something was wrong there."""
+    def incident(self, t: int) -> State:
+        """What stood in memory at step t, where something was wrong there. Raises RunError where it was not kept."""
         path = self.run.folder.incident(t)
         try:
             data = path.read_bytes()
@@ -166,3 +167,11 @@ class RecordedRun:
         except RunError:
             return None
         return (moments.m if kind == "m" else moments.v)[name]
+
+
+def memory_change(source: RecordedRun, t: int) -> tuple[int, str]:
+    """The number of the first tensor that step t read otherwise than step t-1 had left it, and all of them in words."""
+    changed = np.argwhere(source.frame(t - 1).digest_out != source.frame(t).digest_in)
+    names = [p.name for p in parameter_table(source.config.model)]
+    told = ", ".join(f"{KINDS[kind]}.{names[n]}" for kind, n in changed)
+    return int(changed[0][1]), f"step {t}: memory changed before it: {told}"

@@ -34,13 +34,15 @@ from minitrain import trainer
 from minitrain._ext import engine
 from minitrain.assembly import assemble
 from minitrain.cli import main
-from minitrain.config import config_from, config_hash, load_config
+from minitrain.config import config_from, config_hash, differing_keys, load_config
 from minitrain.errors import RunError
 from minitrain.inject import FAULTS, SENTENCE, load, targets, unread
 from minitrain.loop import watched_step
 from minitrain.replay import Replay
 from minitrain.replay.bundle import write_bundle
 from minitrain.replay.segments import verify
+from minitrain.report.story import Story
+from minitrain.run_folder import RunFolder
 from minitrain.tensors import canonical_bits, sites
 
 
@@ -326,6 +328,15 @@ def test_params_and_batches_are_given_back(made):
         "bit": None,
     }
     assert load_config(made / "config.yaml") == run.config
+
+
+def test_the_page_of_the_run_tells_them(made):
+    """Among the settings that are not the default, by name and step."""
+    folder = RunFolder(made)
+    page = Story.read(folder, folder.stored_config(), json.loads(folder.results.read_text()), 1.0).settings()
+    assert "faults that were caused on purpose" in page
+    line = differing_keys(load(None, TINY), folder.stored_config())[-1]
+    assert line.startswith("injections: none -> decay_huge at step 1, bad_batch at step 3, param_nan at step 9")
 
 
 def test_blind_reads_nothing_of_it(made):

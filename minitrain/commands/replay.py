@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from minitrain.commands._nan_bisect import find
 from minitrain.errors import RunError, did_you_mean
 from minitrain.terminal import columns, json_option
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     metavar="FILE.tar.gz",
     help="Write step N and all that running it elsewhere needs.",
 )
+@click.option("--nan-bisect", is_flag=True, help="Find the first bad number in steps 0..N, its cause and its remedy.")
 @click.option("--no-injection", is_flag=True, help="Leave recorded injections out: what should have happened.")
 @click.option("--blind", is_flag=True, help="The same, without reading what the record says of injections.")
 @click.option("--allow-mismatch", is_flag=True, help="Replay with another engine or other data: proves nothing.")
@@ -53,6 +55,7 @@ def command(
     print_batch: bool,
     hook: str | None,
     bundle: Path | None,
+    nan_bisect: bool,
     no_injection: bool,
     blind: bool,
     allow_mismatch: bool,
@@ -63,12 +66,20 @@ def command(
 
     RUN is a run folder or a bundle. The table shows the sites in the order in which the step passes them.
 
+    With --nan-bisect find the first bad number of steps 0 to N (of all, without --step): step, site, element, token and
+    sample, what kind of fault it was, the proof, and the command that goes on without it (docs/bisect.md).
+
     \b
     minitrain replay runs/a --step 500
     minitrain replay runs/a --step 500 --sites "block.1.attn.*" --hook entropy:show
     minitrain replay runs/a --step 500 --bundle step500.tar.gz
     minitrain replay step500.tar.gz
+    minitrain replay runs/a --nan-bisect
     """
+    if nan_bisect:
+        given = {"--to": last, "--dump": dump, "--print-batch": print_batch, "--hook": hook, "--bundle": bundle}
+        refuse_together("--nan-bisect", given | {"--allow-mismatch": allow_mismatch})
+        find(run, step, blind, as_json)
     from minitrain.replay.bundle import write_bundle
     from minitrain.replay.replayer import Replay
 
@@ -94,6 +105,13 @@ def command(
         for path in filter(None, (bundle, dump)):
             click.echo(f"-> {path}")
     sys.exit(int(bool(done.differing)))
+
+
+def refuse_together(option: str, others: Mapping[str, object]) -> None:
+    """Raises UsageError where one of the others was given too."""
+    for name, value in others.items():
+        if value not in (None, False):
+            raise click.UsageError(f"{name}: not together with {option}, which looks at the whole run")
 
 
 @dataclass
