@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -335,10 +336,22 @@ def test_what_a_person_reads(train):
         "method   finiteness: step 14 is the first whose loss or norm is not finite, as the journal says;",
         "largest |x| in each layer, as replayed\n     step    embed  block.0     ln_f   logits\n        9 ",
         "remedy   go on from state 14: the same step comes out right.",
-        f"minitrain train --from {run} --step 14 --out-dir {run}-from-14\n",
+        f"minitrain train --from {run} --step 14 --injection none --out-dir {run}-from-14\n",
     ):
         assert words in result.output
-    assert "journal  injection" not in minitrain("replay", run, "--nan-bisect", "--blind").output
+    blind = minitrain("replay", run, "--nan-bisect", "--blind").output
+    assert "injection none" not in blind
+    assert "journal  injection" not in blind
+
+
+def test_the_remedy_can_be_carried_out(train):
+    """The command as it is printed: the fork is right where its parent was not."""
+    run = train(*injection("param_nan", 14, target=TARGET, element=[1, 2]))
+    remedy = nan_bisect(run).remedy
+    assert remedy is not None
+    assert minitrain(*shlex.split(remedy.commands[0])[1:]).exit_code == 0
+    found = nan_bisect(run.with_name("run-from-14"))
+    assert (found.first, found.last, found.finding) == (14, 29, None)
 
 
 def test_what_a_machine_reads(train):
