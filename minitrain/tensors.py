@@ -6,6 +6,7 @@ C = d_model, F = d_ff, V = vocab_size, H heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -158,7 +159,7 @@ class Tensors(Mapping[str, NDArray[np.float32]]):
 
     def __init__(self, table: Sequence[Parameter]) -> None:
         self.table = list(table)
-        counts = [int(np.prod(p.shape)) for p in self.table]
+        counts = [math.prod(p.shape) for p in self.table]
         self.offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.flat = np.zeros(int(self.offsets[-1]), np.float32)
         bounds = zip(self.table, self.offsets[:-1], self.offsets[1:], strict=True)
@@ -167,6 +168,12 @@ class Tensors(Mapping[str, NDArray[np.float32]]):
     def like(self) -> Tensors:
         """The same names and shapes, zeros."""
         return Tensors(self.table)
+
+    def copy(self) -> Tensors:
+        """The same names, shapes and bits."""
+        copy = self.like()
+        copy.flat[:] = self.flat
+        return copy
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         return self._views[name]

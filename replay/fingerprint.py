@@ -36,10 +36,14 @@ def _short(value: object) -> str:
 
 def changes(manifest: Mapping[str, Any]) -> list[str]:
     """What else is different here; no bit should depend on it, which is why it is told where one does."""
-    recorded, now = manifest.get("versions") or {}, versions()
-    names = {"minitrain": "minitrain", "python": "Python", "numpy": "NumPy"}
-    pairs: list[tuple[str, object, object]] = [(name, recorded.get(key), now[key]) for key, name in names.items()]
-    machine = manifest.get("hardware") or {}
-    pairs.append(("processor", machine.get("cpu"), hardware()["cpu"]))
-    pairs.append(("instruction set", machine.get("instruction_set"), instruction_set()))
-    return [f"{name} {there} -> {here}" for name, there, here in pairs if there != here]
+    return environment(
+        manifest, {"versions": versions(), "hardware": {**hardware(), "instruction_set": instruction_set()}}
+    )
+
+
+def environment(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Versions and processor in two manifests, where they differ."""
+    keys = [("minitrain", "versions", "minitrain"), ("Python", "versions", "python"), ("NumPy", "versions", "numpy")]
+    keys += [("processor", "hardware", "cpu"), ("instruction set", "hardware", "instruction_set")]
+    pairs = [(name, *((told.get(part) or {}).get(key) for told in (there, here))) for name, part, key in keys]
+    return [f"{name} {a} -> {b}" for name, a, b in pairs if a != b]

@@ -72,7 +72,7 @@ class Replay:
 
     def __init__(
         self,
-        run: Run | Path | str,
+        run: RecordedRun | Run | Path | str,
         *,
         threads: int = 1,
         allow_mismatch: bool = False,
@@ -131,6 +131,11 @@ class Replay:
         self.machine.injector.off = not self.injections
         return self.machine.state
 
+    def take(self, state: State) -> Live:
+        """This state, live, wherever it is from; its bits are copied."""
+        self.machine.put(state)
+        return Live(self)
+
 
 class Live:
     """A step about to be run: what it reads, and the parts that will run it. They are the replay's: one at a time."""
@@ -175,7 +180,9 @@ class Live:
         return StepReport(stats, verifier.frame, rows, list(differences), first)
 
 
-def _source(run: Run | Path | str, blind: bool) -> Source:
+def _source(run: RecordedRun | Run | Path | str, blind: bool) -> Source:
+    if isinstance(run, RecordedRun):
+        return run
     if isinstance(run, Run):
         return RecordedRun(run)
     path = Path(run)

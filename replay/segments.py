@@ -3,7 +3,8 @@
 A segment begins at a keyframe and ends at the next, so segments are independent of each other and run in parallel, a
 machine for each thread (the engine works without the GIL). The first begins at state 0, rebuilt from seed and data, or
 in a forked run at its first keyframe, which is held against the manifest and the parent (origin.py). What a fault makes
-of the states behind it says nothing about them: up to the next keyframe they are unverified.
+of the states behind it says nothing about them: up to the next keyframe they are unverified. The audit goes on from the
+recorded state instead, so that every transition stands on its own.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from minitrain.record.audit import Damage, audit
 from minitrain.record.digests import KINDS, groups
 from minitrain.record.recorded import Run
 from minitrain.replay.machine import Machine
+from minitrain.replay.onward import state_behind
 from minitrain.replay.origin import FirstState, first_state
-from minitrain.replay.source import RecordedRun, require_match
+from minitrain.replay.recurrence import RecurrenceReport, SegmentRecurrence, unable
+from minitrain.replay.source import RecordedRun, memory_change, require_match
 from minitrain.replay.verifier import Difference, parameter_of
 from minitrain.state import State
 from minitrain.tensors import canonical_bits, parameter_table
@@ -50,10 +53,14 @@ class Verification:
     unverified: list[int] = field(default_factory=list)
     first: FirstState | None = None
     """What is known of the state with which a forked run began."""
+    lost: list[str] = field(default_factory=list)
+    """Why the audit could not go on behind a fault, a line each."""
+    recurrence: RecurrenceReport | None = None
+    """What `recurrence` found, in an audit."""
 
     @property
     def verified(self) -> bool:
-        return not self.faults and not self.unverified
+        return not (self.faults or self.unverified or (self.recurrence and self.recurrence.wrong))
 
 
 @dataclass
@@ -65,6 +72,7 @@ class _Segment:
     checked: int = 0
     faults: list[Fault] = field(default_factory=list)
     unverified: list[int] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
 
 def default_workers() -> int:
@@ -72,21 +80,28 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def verify(run: Run, *, workers: int | None = None, show: Callable[[int], None] = lambda steps: None) -> Verification:
+def verify(
+    run: Run,
+    *,
+    workers: int | None = None,
+    audit: bool = False,
+    injections: bool = True,
+    show: Callable[[int], None] = lambda steps: None,
+) -> Verification:
     """Replay every step of ``run`` and read everything that it has recorded.
 
-    ``show`` is told, in any thread, how much of `work_of` (run) has been done since it was last told.
+    With ``audit`` every transition stands on its own: behind a fault go on from the recorded state, where it can be
+    had; and `recurrence` is checked as well. The injections of the record are done again, or without ``injections``
+    are faults to be found.
+    ``show`` is told, in any thread, how much of `work_of` (run, audit) has been done since it was last told.
     Raises RunError where nothing was recorded, or the same bits are not promised here (as `Replay` does).
     """
-    if not run.steps:
-        raise RunError(f"{run.path}: expected at least one recorded step, got none; there is nothing to verify")
-    source = RecordedRun(run)
+    source = _recorded(run)
     require_match(source)
     found, workers, stopped = Verification(), workers or default_workers(), Event()
     machines: SimpleQueue[Machine] = SimpleQueue()
     for _ in range(workers):
-        machines.put(Machine(source))
-    bounds = [k for k in run.layout.keyframes if k < run.end] + [run.end]
+        machines.put(Machine(source, injections=injections))
     if run.parent:
         found.first = first_state(run)
         found.faults += [Fault(run.start, "parent", None, found.first.message)] * found.first.fault
@@ -94,7 +109,7 @@ def verify(run: Run, *, workers: int | None = None, show: Callable[[int], None] 
     def check(segment: _Segment) -> _Segment:
         machine = machines.get()
         try:
-            for _ in _replayed(source, machine, segment):
+            for _ in _replayed(source, machine, segment, audit):
                 if stopped.is_set():
                     break
                 show(1)
@@ -104,25 +119,75 @@ def verify(run: Run, *, workers: int | None = None, show: Callable[[int], None] 
 
     with ThreadPoolExecutor(workers, "verify") as pool:
         try:
-            jobs: list[Future[_Segment]] = [pool.submit(check, _Segment(a, b)) for a, b in pairwise(bounds)]
+            jobs: list[Future[_Segment]] = [pool.submit(check, _Segment(a, b)) for a, b in _bounds(run)]
             disk = pool.submit(_disk, run, stopped, show)
             for job in as_completed(jobs):
                 segment = job.result()
                 found.steps_checked += segment.checked
                 found.faults += segment.faults
                 found.unverified += segment.unverified
+                found.lost += segment.lost
             found.faults += disk.result()
         finally:
             stopped.set()
             pool.shutdown(cancel_futures=True)
+    if audit:
+        found.recurrence = recurrence(run, workers=workers, injections=injections, show=show)
     found.faults.sort(key=lambda fault: fault.step)
     found.unverified.sort()
     return found
 
 
-def work_of(run: Run) -> int:
-    """How much `verify` does: each step is replayed once, and read once."""
-    return 2 * len(run.steps)
+def recurrence(
+    run: Run,
+    *,
+    workers: int | None = None,
+    injections: bool = True,
+    show: Callable[[int], None] = lambda steps: None,
+) -> RecurrenceReport:
+    """Hold the moments and parameters of every step against those before it, without data and without a model.
+
+    ``show`` is told, in any thread, of every step. Raises RunError where nothing was recorded.
+    """
+    source, report, stopped = _recorded(run), RecurrenceReport(), Event()
+    report.reason = unable(source)
+    if report.reason:
+        show(len(run.steps))
+        return report
+
+    def check(bounds: tuple[int, int]) -> RecurrenceReport:
+        segment = SegmentRecurrence(source, *bounds, injections)
+        for _ in segment:
+            if stopped.is_set():
+                break
+            show(1)
+        return segment.report
+
+    with ThreadPoolExecutor(workers or default_workers(), "recurrence") as pool:
+        try:
+            for part in pool.map(check, _bounds(run)):
+                report.add(part)
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+    return report
+
+
+def _recorded(run: Run) -> RecordedRun:
+    """Raises RunError where there is no step."""
+    if not run.steps:
+        raise RunError(f"{run.path}: expected at least one recorded step, got none; there is nothing to verify")
+    return RecordedRun(run)
+
+
+def _bounds(run: Run) -> list[tuple[int, int]]:
+    """Where each segment begins and ends."""
+    return list(pairwise([*(k for k in run.layout.keyframes if k < run.end), run.end]))
+
+
+def work_of(run: Run, audit: bool = False) -> int:
+    """How much `verify` does: each step is replayed once, and read once; in an audit its recurrence is checked too."""
+    return (3 if audit else 2) * len(run.steps)
 
 
 def _disk(run: Run, stopped: Event, show: Callable[[int], None]) -> list[Fault]:
@@ -139,10 +204,11 @@ def _disk(run: Run, stopped: Event, show: Callable[[int], None]) -> list[Fault]:
     return faults
 
 
-def _replayed(source: RecordedRun, machine: Machine, segment: _Segment) -> Iterator[int]:
+def _replayed(source: RecordedRun, machine: Machine, segment: _Segment, every: bool) -> Iterator[int]:
     """Run the segment step by step, and note in it what is found; a pause after each step that is done with.
 
-    Where the keyframe cannot be read, which the audit tells, it begins at an earlier one.
+    Where the keyframe cannot be read, which the audit of the files tells, it begins at an earlier one. Behind a fault
+    it ends, or with ``every`` goes on from the recorded state.
     """
     try:
         start = source.first() if segment.start == source.run.start else source.nearest(segment.start)
@@ -153,6 +219,8 @@ def _replayed(source: RecordedRun, machine: Machine, segment: _Segment) -> Itera
     machine.put(start)
     if segment.start == source.run.start:
         _hold(segment, segment.start, source, start)
+        if segment.faults and every:
+            machine.put(source.run.keyframe(segment.start))
     step = start.step
     while step < segment.end:
         if source.memory_changed(step):
@@ -162,6 +230,7 @@ def _replayed(source: RecordedRun, machine: Machine, segment: _Segment) -> Itera
                     machine.put(source.as_read(step))
                 except RunError:
                     break  # what it read is lost
+        before = machine.state.params.copy() if every else None
         _, differences = machine.step()
         if step >= segment.start:
             segment.checked += 1
@@ -169,7 +238,14 @@ def _replayed(source: RecordedRun, machine: Machine, segment: _Segment) -> Itera
             yield step
         step += 1
         if any(d.kind in (*KINDS, "state") for d in differences):
-            break  # from here on the live state is another than the recorded one
+            if before is None or step == segment.end:
+                break  # from here on the live state is another than the recorded one
+            if not source.memory_changed(step):  # else the state is put there anyway
+                try:
+                    machine.put(state_behind(source, step, before, machine.state.params))
+                except RunError as error:
+                    segment.lost.append(str(error))
+                    break
     else:
         _hold(segment, segment.end, source, machine.state)
     for left in range(max(step, segment.start), segment.end):
@@ -183,13 +259,8 @@ def _fault(d: Difference) -> Fault:
 
 
 def _memory_fault(source: RecordedRun, step: int) -> Fault:
-    """Tensors that step ``step`` read otherwise than the step before had left them."""
-    left, read = source.frame(step - 1).digest_out, source.frame(step).digest_in
-    names = [p.name for p in parameter_table(source.config.model)]
-    changed = [f"{KINDS[kind]}.{names[n]}" for kind, n in np.argwhere(left != read)]
-    return Fault(
-        step, "memory", parameter_of(changed[0]), f"step {step}: memory changed before it: {', '.join(changed)}"
-    )
+    number, message = memory_change(source, step)
+    return Fault(step, "memory", parameter_table(source.config.model)[number].name, message)
 
 
 def _hold(segment: _Segment, t: int, source: RecordedRun, state: State) -> None:

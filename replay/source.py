@@ -15,12 +15,13 @@ from minitrain.config import Config
 from minitrain.data.batches import Batch, TrainBatches
 from minitrain.data.prepare import Prepared
 from minitrain.errors import RunError
-from minitrain.record.digests import state_digests
+from minitrain.record.digests import KINDS, state_digests
 from minitrain.record.journal import Frame
 from minitrain.record.recorded import Run
 from minitrain.replay.fingerprint import mismatches
 from minitrain.replay.states import initial_state, read_arrays, read_state
 from minitrain.state import State
+from minitrain.tensors import parameter_table
 
 
 class Batches(Protocol):
@@ -166,3 +167,11 @@ class RecordedRun:
         except RunError:
             return None
         return (moments.m if kind == "m" else moments.v)[name]
+
+
+def memory_change(source: RecordedRun, t: int) -> tuple[int, str]:
+    """The number of the first tensor that step t read otherwise than step t-1 had left it, and all of them in words."""
+    changed = np.argwhere(source.frame(t - 1).digest_out != source.frame(t).digest_in)
+    names = [p.name for p in parameter_table(source.config.model)]
+    told = ", ".join(f"{KINDS[kind]}.{names[n]}" for kind, n in changed)
+    return int(changed[0][1]), f"step {t}: memory changed before it: {told}"

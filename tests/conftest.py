@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import recording
 
-from minitrain import trainer
+from minitrain import inject, trainer
 from minitrain._ext import engine
 from minitrain._ext.plan import Backend, CompiledBackend, ReferenceBackend, call
 from minitrain._ext.signatures import SIGNATURES
-from minitrain.config import ModelConfig, load_config
+from minitrain.config import ModelConfig
 from minitrain.loop import Listener
 from minitrain.tensors import canonical_bits
 
@@ -319,13 +319,13 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def record_run(book: Path) -> Callable[..., Path]:
     """``record_run(folder, *settings, **how)``: the folder of a small recorded run of 30 steps, keyframes every 8.
 
-    ``how`` goes to `trainer.run`; ``seen`` is a list that gets the Outcome.
+    ``yaml`` is a file with more settings; ``how`` goes to `trainer.run`; ``seen`` is a list that gets the Outcome.
     """
 
-    def make(folder: Path, *settings: str, seen: list[Any] | None = None, **how: Any) -> Path:
+    def make(folder: Path, *settings: str, yaml: Path | None = None, seen: list[Any] | None = None, **how: Any) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer.report, "write_curve", lambda *_: None)
-            outcome = trainer.run(load_config(None, [*SMALL, f"data.train_path={book}", *settings]), folder, **how)
+            outcome = trainer.run(inject.load(yaml, [*SMALL, f"data.train_path={book}", *settings]), folder, **how)
         if seen is not None:
             seen.append(outcome)
         return folder

@@ -352,7 +352,7 @@ def test_verify_says_what_is_known_of_the_first_state(home, tmp_path):
     folder = forked(parent, 13, tmp_path / "f")
     result = minitrain("verify", folder)
     assert result.exit_code == 0
-    assert result.stdout.endswith(f"forked: state 13 is that of {parent}\n")
+    assert f"\nforked: state 13 is that of {parent}\n" in result.stdout
     told = json.loads(minitrain("verify", folder, "--json").stdout)
     assert told["first_state"] == {"held": True, "fault": False, "message": f"state 13 is that of {parent}"}
     shutil.rmtree(parent)

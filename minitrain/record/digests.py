@@ -27,6 +27,12 @@ def tensor_digest(tensor: NDArray[Any]) -> int:
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(bits).data)
 
 
+def has_digest(tensor: NDArray[np.float32], recorded: int) -> bool:
+    """Whether this is the tensor of that digest. In C order."""
+    raw = xxhash.xxh3_64_intdigest(tensor.data)  # the canonical digest too, unless there are NaNs
+    return raw == recorded or tensor_digest(tensor) == recorded
+
+
 def state_digests(state: State) -> NDArray[np.uint64]:
     """(3, N): parameters, m and v, tensor by tensor in the order of the table."""
     return np.array([[tensor_digest(t) for t in group.values()] for group in groups(state)], np.uint64)
