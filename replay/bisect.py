@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from minitrain.data.tokenizer import SPECIALS, Tokenizer
 from minitrain.errors import RunError
+from minitrain.inject import FAULTS
 from minitrain.record.recorded import open_run
 from minitrain.replay.causes import Remedy, remedy
 from minitrain.replay.rerun import Rerun, rerun
@@ -81,6 +82,7 @@ def nan_bisect(
         return Bisection(path, run.start, last, search)
     again = rerun(source, search.first.step)
     finding = examine(again, search.first)
+    at = finding.place.step
     events = [] if blind else [e for e in open_run(path).events if e["event"] == "injection"]
     return Bisection(
         path,
@@ -89,9 +91,9 @@ def nan_bisect(
         search,
         finding,
         attribute(again, finding.place),
-        remedy(run, finding),
+        remedy(run, finding, bool(events)),
         tuple(again.magnitudes),
-        tuple(e for e in events if e["step"] == finding.place.step or (e["step"] + 1 == finding.place.step)),
+        tuple(e for e in events if e["step"] == at or (e["step"] < at and FAULTS[e["name"]].lasts)),
     )
 
 

@@ -27,8 +27,16 @@ class Remedy(NamedTuple):
     commands: tuple[str, ...]
 
 
-def remedy(run: Run, finding: Finding) -> Remedy:
-    """What to do about this finding."""
+def remedy(run: Run, finding: Finding, injected: bool) -> Remedy:
+    """What to do about this finding. A fork takes injections along: that of an ``injected`` run ends them."""
+    found = _remedy(run, finding)
+    if not injected:
+        return found
+    without = (c.replace(" --out-dir", " --injection none --out-dir") for c in found.commands)
+    return found._replace(commands=tuple(without))
+
+
+def _remedy(run: Run, finding: Finding) -> Remedy:
     path = run.path
     step = finding.place.step
     bundle = f"minitrain replay {path} --step {step} --bundle step{step}.tar.gz"

@@ -96,9 +96,8 @@ def text(found: Bisection) -> str:
         lines += _block("journal", f"injection {event['name']} at step {event['step']}{f' ({about})' if about else ''}")
     lines += _block("method", f"{search.method}: {search.reason}")
     if search.unchecked:
-        lines += _block(
-            "", f"steps {found.first} to {search.unchecked.stop - 1} were not run again: minitrain verify {found.path}"
-        )
+        last = search.unchecked.stop - 1
+        lines.append(f"         steps {found.first} to {last} were not run again: minitrain verify {found.path}")
     lines += ["", *_magnitudes(found), "", *_block("remedy", found.remedy.advice)]
     lines += [f"         {command}" for command in found.remedy.commands]
     return "\n".join(lines)
