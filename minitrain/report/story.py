@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import textwrap
 from collections.abc import Mapping
@@ -242,7 +243,7 @@ class Story:
         changed = differing_keys(Config(), self.config)
         if not changed:
             return "Every setting is the default."
-        sections = dict.fromkeys(line.partition(".")[0] for line in changed)
+        sections = dict.fromkeys(re.split(r"[.:]", line)[0] for line in changed)  # a list has no second name
         more = [f"and {len(changed) - SHOWN} more, in config.yaml"] if len(changed) > SHOWN else []
         lines = "\n".join(textwrap.shorten(line, 90, placeholder=" ...") for line in changed[:SHOWN] + more)
         concerns = listed([CONCERNS[name] for name in sections])
