@@ -7,12 +7,20 @@ ENGINE := setup.py pyproject.toml $(wildcard _ext/*.pyx _ext/*.pxi _ext/kernels/
 # Two processes, each a file at a time, since the fixtures of a file are shared in it.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: run test test-long lint types bench clean
+.PHONY: run phase-19-train test test-long lint types bench clean
 
 RUN := runs/$(shell date +%Y-%m-%d-%H%M%S)
 run: .stamps/installed
 	$(BIN)/minitrain train --out-dir $(RUN)
 	$(BIN)/minitrain replay $(RUN) --step 500
+
+# seed=42 injection=scale injection_step=500 make phase-19-train; minitrain train --injection help lists the names
+seed ?= 42
+injection ?= none
+injection_step ?= 500
+phase-19-train: .stamps/installed
+	$(BIN)/minitrain train --seed $(seed) --injection $(injection) --injection-step $(injection_step) \
+		--out-dir $(RUN)-$(injection)
 
 test: lint types
 	$(PYTEST) -m "not long"

@@ -5,6 +5,10 @@
 run:
     make run
 
+# Train with a fault: seed=42 injection=scale injection_step=500 just phase-19-train
+phase-19-train:
+    make phase-19-train
+
 # Set up, then lint, types and tests
 test:
     make test

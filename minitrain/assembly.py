@@ -18,7 +18,7 @@ from minitrain.inject import Injector
 from minitrain.model import MiniGPT, make_backend
 from minitrain.optim import AdamW
 from minitrain.schedule import Scheduler
-from minitrain.state import State
+from minitrain.state import State, copy_state
 from minitrain.tensors import activation_table, gradient_table, parameter_table
 
 
@@ -77,6 +77,11 @@ class Learner:
         """The live state."""
         m, v = self.optimizer.bind(self.model.params, self.model.grads)
         return State(self.scheduler.step_count, self.model.params, m, v)
+
+    def put(self, state: State) -> None:
+        """Go to this state, whose bits are copied."""
+        copy_state(state, self.state())
+        self.go_to(state.step)
 
     def go_to(self, step: int) -> None:
         """Go on at ``step``, whose parameters and moments have been loaded."""

@@ -30,6 +30,8 @@ FORMAT = "minitrain-checkpoint-1"
 MODEL_FORMAT = "minigpt-1"
 METADATA_KEY = "minitrain"
 
+_DELETE = "delete the file to start again from step 0"
+
 Refuse = Callable[[str, object], RunError]
 
 
@@ -52,13 +54,13 @@ def save_checkpoint(path: Path, state: State, *, config_hash: str, streams: dict
     write_atomic(path, save(tensors, _metadata(about)))
 
 
-def load_checkpoint(path: Path, params: Tensors, m: Tensors, v: Tensors) -> dict[str, Any]:
+def load_checkpoint(path: Path, params: Tensors, m: Tensors, v: Tensors, hint: str = _DELETE) -> dict[str, Any]:
     """Fill the three buffers and return what the metadata say: step, digest, config_hash, streams.
 
-    Raises RunError, with the buffers undefined, if the file is not a checkpoint of this model or its digest is wrong.
+    ``hint`` says what to do with a file that is no good. Raises RunError, with the buffers undefined, if it is not a
+    checkpoint of this model or its digest is wrong.
     """
     wanted = {f"{k}.{name}": t for k, group in (("param", params), ("m", m), ("v", v)) for name, t in group.items()}
-    hint = "delete the file to start again from step 0"
     with _opened(path, FORMAT, "checkpoint", hint) as (file, about, refuse):
         for name, stored in _tensors(file, {name: t.shape for name, t in wanted.items()}, refuse):
             wanted[name][...] = stored
@@ -66,9 +68,9 @@ def load_checkpoint(path: Path, params: Tensors, m: Tensors, v: Tensors) -> dict
     return about
 
 
-def checkpoint_step(path: Path) -> int:
-    """The state of a checkpoint, from its metadata alone. Raises RunError."""
-    with _opened(path, FORMAT, "checkpoint", "delete the file to start again from step 0") as (_, about, _):
+def checkpoint_step(path: Path, hint: str = _DELETE) -> int:
+    """The state of a checkpoint, from its metadata alone. Raises RunError, which ends in the ``hint``."""
+    with _opened(path, FORMAT, "checkpoint", hint) as (_, about, _):
         return int(about["step"])
 
 

@@ -228,18 +228,25 @@ _KEYS = {
 """The fields of each section, by key."""
 
 
-def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | str | None, overrides: Sequence[str] = (), below: tuple[Config, str] | None = None
+) -> Config:
     """The defaults, under the YAML file at ``path`` (if any), under ``section.key=value`` overrides.
 
+    ``below`` is a configuration that takes the place of the defaults, and its name in messages.
     An override's value is YAML too: ``optimizer.clip=null``, ``optimizer.lr_max=3e-4``; the last of two wins.
     Raises ConfigError: one line if the file cannot be read as a mapping, else a line for every mistake.
     """
-    return read_config(path, overrides)[0]
+    return read_config(path, overrides, below)[0]
 
 
-def read_config(path: Path | str | None, overrides: Sequence[str] = ()) -> tuple[Config, Mapping[str, str]]:
+def read_config(
+    path: Path | str | None, overrides: Sequence[str] = (), below: tuple[Config, str] | None = None
+) -> tuple[Config, Mapping[str, str]]:
     """As `load_config`, and where each key stands."""
     tree, places = ({}, {}) if path is None else read_sections(Path(path))
+    if below:
+        tree, places = _over(below[0].model_dump(), below[1], tree, places)
     mistakes = []
     for text in overrides:
         try:
@@ -293,6 +300,14 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 _Tree = dict[str, Any]
 _Places = dict[str, str]
+
+
+def _over(low: _Tree, name: str, tree: _Tree, places: _Places) -> tuple[_Tree, _Places]:
+    """One tree laid over a lower one, which has all sections."""
+    both = {
+        section: {**low.get(section, {}), **body} if isinstance(body, dict) else body for section, body in tree.items()
+    }
+    return low | both, dict.fromkeys([*low, *_flat(low)], name) | places
 
 
 def _override(text: str, tree: _Tree, places: _Places) -> None:

@@ -164,9 +164,8 @@ class Injector:
             case "param_nan":
                 state.params[target][_index(one)] = np.float32(np.nan)
             case "bit_flip":
-                groups[kind_of(one)][target.partition(".")[2]].view(np.uint32)[_index(one)] ^= np.uint32(
-                    1 << (one.bit or 0)
-                )
+                bits = groups[kind_of(one)][target.partition(".")[2]].view(np.uint32)
+                bits[_index(one)] ^= np.uint32(1 << (one.bit or 0))
         return state
 
 
@@ -224,9 +223,9 @@ def _index(one: Injection) -> tuple[int, ...]:
 # What an injection may be
 
 
-def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
+def load(path: Path | str | None, overrides: Sequence[str] = (), below: tuple[Config, str] | None = None) -> Config:
     """`load_config`, resolved. Raises ConfigError, which tells where each mistake stands."""
-    return resolved(*read_config(path, overrides))
+    return resolved(*read_config(path, overrides, below))
 
 
 def resolved(config: Config, places: Mapping[str, str] = MappingProxyType({})) -> Config:

@@ -23,8 +23,9 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,11 @@ from minitrain.errors import RunError
 from minitrain.files import write_atomic
 
 SCHEMA_VERSION = 1
+PARENT = ("run", "step", "config_hash", "digest", "chain", "settings")
+"""What the manifest of a forked run has under ``parent``: where that stands, the state that it begins with, how far the
+parent's journal went until then, and what was changed."""
 LOCK = ".lock"
-BEFORE_MANIFEST = (LOCK, "config.yaml", "tokenizer.json")
+BEFORE_MANIFEST = (LOCK, "config.yaml", "tokenizer.json", "checkpoint.safetensors")
 """What a process that was killed before its manifest may leave: a run may begin there all the same."""
 
 
@@ -158,6 +162,9 @@ class RunFolder:
         try:
             manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
             version = manifest["schema_version"]
+            if (parent := manifest.get("parent")) is not None:
+                manifest["parent"] = {key: parent[key] for key in PARENT}
+                start_of(manifest)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{self.manifest}: expected the manifest of a run, got {type(error).__name__}: {error}"
@@ -168,6 +175,14 @@ class RunFolder:
                 "use the minitrain version that the manifest names"
             )
         return dict(manifest)
+
+    def begin_again(self) -> str:
+        """What can be done where neither checkpoint nor record lead on: the end of a message."""
+        parent = self.read_manifest().get("parent")
+        if parent is None:
+            return f"delete {self.checkpoint} to start again from step 0"
+        origin = f"--from {shlex.quote(parent['run'])} --step {parent['step']}"
+        return f"fork it again: minitrain train {origin} --config {shlex.quote(str(self.config))} --out-dir NEW"
 
     def stored_config(self) -> Config:
         return config_from(self.read_manifest()["config"], str(self.manifest))
@@ -185,6 +200,11 @@ class RunFolder:
     def log_lines(self) -> Iterator[dict[str, Any]]:
         """The lines of train_log.jsonl, none where there is no log. Raises RunError naming a damaged one."""
         return (parsed for _, parsed in _whole_lines(self.log))
+
+
+def start_of(manifest: Mapping[str, Any]) -> int:
+    """The first state of the run that a manifest tells of: 0, but in one that was forked from another."""
+    return int((manifest.get("parent") or {"step": 0})["step"])
 
 
 def new_path(name: str, parent: Path = Path("runs")) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from minitrain.tensors import Tensors, digest
 
 
@@ -22,3 +24,9 @@ class State:
     def digest(self) -> str:
         """xxh3-128 over parameters, m and v, as hex."""
         return digest(self.params.flat, self.m.flat, self.v.flat)
+
+
+def copy_state(source: State, target: State) -> None:
+    """The bits of one into the buffers of the other."""
+    for name in ("params", "m", "v"):
+        np.copyto(getattr(target, name).flat, getattr(source, name).flat)

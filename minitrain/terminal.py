@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from types import FrameType
@@ -30,6 +30,18 @@ def settings_from(overrides: tuple[str, ...], seed: int | None) -> list[str]:
 
 def bar_wanted(quiet: bool, as_json: bool) -> bool:
     return sys.stderr.isatty() and not (quiet or as_json)
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
+    """A table without rules; the columns of ``right`` are flush right. For long ones, which rich draws slowly."""
+    table = [header, *rows]
+    widths = [max(len(click.unstyle(line[i])) for line in table) for i in range(len(header))]
+
+    def cell(text: str, i: int) -> str:
+        space = " " * (widths[i] - len(click.unstyle(text)))
+        return space + text if i in right else text + space
+
+    return "\n".join("  ".join(cell(text, i) for i, text in enumerate(line)).rstrip() for line in table)
 
 
 @contextmanager

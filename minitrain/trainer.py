@@ -29,8 +29,20 @@ from minitrain.record.journal import FINGERPRINT
 from minitrain.record.layout import Layout, layout_of
 from minitrain.record.recorder import Recorder, require_room
 from minitrain.rng import Purpose
-from minitrain.run_folder import SCHEMA_VERSION, LogWriter, RunFolder
+from minitrain.run_folder import SCHEMA_VERSION, LogWriter, RunFolder, start_of
 from minitrain.state import State
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run begins that was forked from another."""
+
+    state: State
+    parent: dict[str, Any]
+    """As the manifest will have it: run, step, config_hash, digest, chain, settings."""
+    tokenizer_hash: str
+    data_manifest_hash: str | None
+    """That of the parent, where the fork is to read the same text."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,7 @@ def run(
     out_dir: Path,
     *,
     resume: bool = False,
+    origin: Origin | None = None,
     command_line: Sequence[str] = (),
     listeners: Sequence[Listener] = (),
     watchers: Sequence[Callable[[Parts], Listener]] = (),
@@ -56,7 +69,7 @@ def run(
     stop: Callable[[], bool] = lambda: False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
-    """Train as configured into ``out_dir``, or go on with the run that stands there.
+    """Train as configured into ``out_dir``, from ``origin`` if any, or go on with the run that stands there.
 
     ``watchers`` make listeners that may look at the parts. ``experiment`` is the one that a new run is made for.
     ``tell`` is told what the run will take of the disk.
@@ -73,19 +86,26 @@ def run(
     data = prepare_data(config)
     if resume:
         require_data(folder, data)
+    if origin:
+        require_same_text(origin, config, data)
     parts = assemble(config, data)
+    if origin:
+        parts.put(origin.state)
+    start = start_of(folder.read_manifest()) if resume else parts.scheduler.step_count
     if config.record.enabled:
-        tell(announcement(folder, layout_of(config)))
+        tell(announcement(folder, layout_of(config, start)))
     with folder.hold(new=not resume):
         write_atomic(folder.config, to_yaml(config))
         write_atomic(folder.tokenizer, data.tokenizer.to_json())
-        if not resume:
-            write_json(folder.manifest, manifest(config, data, parts.model, command_line, experiment))
-        else:
+        if resume:
             write_json(folder.manifest, without_outcome(folder.read_manifest()))  # it has not ended after all
-            if folder.checkpoint.exists():
-                state = parts.state()
-                parts.go_to(load_checkpoint(folder.checkpoint, state.params, state.m, state.v)["step"])
+            go_on(folder, parts)
+        else:
+            folder.checkpoint.unlink(missing_ok=True)  # of a fork that was killed before its manifest
+            if origin:  # nothing else leads back to this state
+                write_checkpoint(folder, config, parts)
+            told = manifest(config, data, parts.model, command_line, experiment, origin.parent if origin else None)
+            write_json(folder.manifest, told)
         with recording(folder, config, parts) as recorder, closing(Keeper(folder, config, parts, recorder)) as keeper:
             metrics = train(
                 parts.model,
@@ -138,7 +158,7 @@ def recording(folder: RunFolder, config: Config, parts: Parts) -> AbstractContex
     if not config.record.enabled:
         return nullcontext()
     told = folder.read_manifest()
-    return closing(Recorder(folder, config, parts, {key: told[key] for key in FINGERPRINT}))
+    return closing(Recorder(folder, config, parts, {key: told[key] for key in FINGERPRINT}, start_of(told)))
 
 
 def announcement(folder: RunFolder, layout: Layout) -> str:
@@ -155,6 +175,43 @@ def require_data(folder: RunFolder, data: Prepared) -> None:
             f"--resume {folder.path}: expected the data that the run was made from (data_manifest_hash in "
             f"{folder.manifest}), got other files; restore them"
         )
+
+
+def require_same_text(origin: Origin, config: Config, data: Prepared) -> None:
+    """Raises RunError unless the state that a fork begins with speaks of the tokens of these data."""
+    parent = origin.parent["run"]
+    if origin.data_manifest_hash not in (None, data.manifest_hash):
+        raise RunError(
+            f"--from {parent}: expected the data that it was trained on, got other files as {config.data.train_path} "
+            "and data.val_path; restore them, or name others with --set data.train_path=..."
+        )
+    if origin.tokenizer_hash != data.tokenizer.hash:
+        raise RunError(
+            f"data.train_path {config.data.train_path}: expected text with the vocabulary of {parent}, of which its "
+            "parameters speak, got text with another; keep the data of the parent, or train a new run on these"
+        )
+
+
+def go_on(folder: RunFolder, parts: Parts) -> None:
+    """Bring the parts to the checkpoint, or leave them at state 0. Raises RunError where a fork has lost its own."""
+    state = parts.state()
+    if folder.checkpoint.exists():
+        again = folder.begin_again()
+        parts.go_to(load_checkpoint(folder.checkpoint, state.params, state.m, state.v, again)["step"])
+    elif folder.read_manifest().get("parent"):
+        raise RunError(
+            f"{folder.checkpoint}: expected the state from which the forked run goes on, got no such file; restore it, "
+            f"or {folder.begin_again()}"
+        )
+
+
+def write_checkpoint(folder: RunFolder, config: Config, parts: Parts) -> None:
+    """The parts' current state. Raises OSError."""
+    state, training = parts.state(), config.training
+    control = {"seed": training.rng_seed, "purpose": Purpose.DROPOUT.name, "step": state.step}
+    order = {"seed": training.data_seed, "purpose": Purpose.SHUFFLE.name}
+    streams = {"training_control": control, "data": order | parts.batches.position(state.step)}
+    save_checkpoint(folder.checkpoint, state, config_hash=config_hash(config), streams=streams)
 
 
 def finish(
@@ -196,7 +253,7 @@ class Keeper(Listener):
         self._folder, self._config, self._parts, self._recorder = folder, config, parts, recorder
         self._chance = self.PLATEAU * math.log(config.model.vocab_size)
         self._low = math.inf
-        self._steps = 0
+        self._first = self._steps = start_of(folder.read_manifest())
         start = parts.scheduler.step_count
         for line in folder.log_lines():
             if line["step"] >= start:
@@ -208,7 +265,7 @@ class Keeper(Listener):
         if self._steps != start:
             raise RunError(
                 f"{folder.log}: expected every step before {start}, where the checkpoint stands, got no step "
-                f"{self._steps}; restore the log, or delete {folder.checkpoint} to start again from step 0"
+                f"{self._steps}; restore the log, or {folder.begin_again()}"
             )
         self._log = LogWriter(folder.log, start)
 
@@ -220,7 +277,7 @@ class Keeper(Listener):
             self.first_nonfinite = step
         if loss < self._low:
             self._low = loss
-        if self._steps == self.WINDOW and self._low > self._chance:
+        if self._steps == self._first + self.WINDOW and self._low > self._chance:
             self.alerts.append(
                 f"not learning: debug before scaling up (no loss below {self._chance:.2f} in {self.WINDOW} steps)"
             )
@@ -241,11 +298,7 @@ class Keeper(Listener):
         self._log.sync()
         if self._recorder:
             self._recorder.settle()
-        training = self._config.training
-        control = {"seed": training.rng_seed, "purpose": Purpose.DROPOUT.name, "step": state.step}
-        order = {"seed": training.data_seed, "purpose": Purpose.SHUFFLE.name}
-        streams = {"training_control": control, "data": order | self._parts.batches.position(state.step)}
-        save_checkpoint(self._folder.checkpoint, state, config_hash=config_hash(self._config), streams=streams)
+        write_checkpoint(self._folder, self._config, self._parts)
 
     def close(self) -> None:
         self._log.close()
@@ -268,16 +321,22 @@ def model_stem(folder: RunFolder) -> str:
 
 
 def manifest(
-    config: Config, data: Prepared, model: MiniGPT | None, command_line: Sequence[str], experiment: str | None = None
+    config: Config,
+    data: Prepared,
+    model: MiniGPT | None,
+    command_line: Sequence[str],
+    experiment: str | None = None,
+    parent: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What must be known to run it again, and where it ran. Of this, ``started_at`` alone is a clock's.
 
-    ``model`` is None where none is trained.
+    ``model`` is None where none is trained, ``parent`` where the run begins at state 0.
     """
     git = git_state(Path.cwd())
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment": experiment,
+        **({"parent": parent} if parent else {}),
         "seed": config.training.rng_seed,
         "versions": versions(),
         "numerics_version": NUMERICS_VERSION,

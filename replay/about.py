@@ -22,23 +22,24 @@ def about(path: Path) -> dict[str, Any]:
             run = open_run(path)
         except RunError as error:
             problem = str(error)
-    saved = checkpoint_step(folder.checkpoint) if folder.checkpoint.exists() else None
-    steps = run.steps if run else (manifest.get("outcome") or {}).get("steps", saved or 0)
+    saved = checkpoint_step(folder.checkpoint, folder.begin_again()) if folder.checkpoint.exists() else None
+    steps = run.end if run else (manifest.get("outcome") or {}).get("steps", saved or 0)
     state = _state(folder, manifest, steps, saved)
     parts = sizes(folder)
     record = sum(parts[name] for name in ("journal", "moments", "keyframes", "arrays"))
-    per_step = (manifest["parameters"] or 0) * steps
+    per_step = (manifest["parameters"] or 0) * (len(run.steps) if run else 0)
     unfinished = state in ("interrupted", "crashed")
     return {
         "run": str(path),
         "state": state,
         "steps": steps,
         "total_steps": config.scheduler.total_steps,
+        "parent": manifest.get("parent"),
         "parameters": manifest["parameters"],
         "record": config.record.model_dump(exclude={"on_error"}) if config.record.enabled else None,
         "keyframes": run.keyframes if run else [],
         "sizes_mb": {name: round(size / 1e6, 3) for name, size in parts.items()},
-        "bytes_per_parameter_and_step": round(record / per_step, 3) if run and per_step else None,
+        "bytes_per_parameter_and_step": round(record / per_step, 3) if per_step else None,
         "events": run.events if run else [],
         "incidents": [int(file.stem) for file in folder.incident_files()],
         "checkpoint_step": saved,
@@ -61,7 +62,7 @@ def _state(folder: RunFolder, manifest: dict[str, Any], steps: int, saved: int |
 
 def _interesting(run: Run) -> int:
     """The step of the first event, or the last."""
-    return next((e["step"] for e in run.events if e["step"] < run.steps), run.steps - 1)
+    return next((e["step"] for e in run.events if e["step"] in run.steps), run.end - 1)
 
 
 def sizes(folder: RunFolder) -> dict[str, int]:

@@ -30,9 +30,9 @@ from minitrain.files import write_atomic
 from minitrain.record.digests import KINDS
 from minitrain.record.journal import SCALARS, Frame
 from minitrain.replay.source import Batches, Source
-from minitrain.replay.states import copy_state, empty_state, named_tensors, read_arrays, read_state, require_arrays
+from minitrain.replay.states import empty_state, named_tensors, read_arrays, read_state, require_arrays
 from minitrain.run_folder import SCHEMA_VERSION
-from minitrain.state import State
+from minitrain.state import State, copy_state
 from minitrain.tensors import sites
 
 FORMAT = "minitrain-bundle"

@@ -8,7 +8,6 @@ from minitrain.data.tokenizer import Tokenizer
 from minitrain.inject import maybe_inject
 from minitrain.loop import StepStats, watched_step
 from minitrain.replay.source import Source
-from minitrain.replay.states import copy_state
 from minitrain.replay.verifier import Difference, Verifier
 from minitrain.state import State
 
@@ -37,8 +36,7 @@ class Machine:
 
     def put(self, state: State) -> None:
         """Go to this state, whose bits are copied."""
-        copy_state(state, self.state)
-        self._learner.go_to(state.step)
+        self._learner.put(state)
 
     @property
     def batch(self) -> Batch:

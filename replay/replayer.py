@@ -21,7 +21,7 @@ from minitrain.record.recorded import Run, open_run
 from minitrain.replay.bundle import open_bundle
 from minitrain.replay.evidence import Divergence, locate
 from minitrain.replay.machine import Machine
-from minitrain.replay.source import RecordedRun, Source, require_match
+from minitrain.replay.source import RecordedRun, Source, require_match, span
 from minitrain.replay.verifier import Difference, phase_of
 from minitrain.state import State
 
@@ -101,12 +101,22 @@ class Replay:
     def at(self, t: int) -> Live:
         """State t, live: from the record, or where it is not there whole from an earlier state and the steps between.
 
-        Raises RunError outside 0..T-1, and where those steps leave other bits than were recorded.
+        Raises RunError outside the recorded steps, and where those steps leave other bits than were recorded.
         """
         steps = self.source.steps
         if t not in steps:
-            there = f"0..{steps[-1]}" if steps[:1] == range(1) else ", ".join(map(str, steps)) or "none"
-            raise RunError(f"step {t}: expected one of the recorded steps {there} of {self.source.path}, got {t}")
+            elsewhere = self.source.run.before(t) if isinstance(self.source, RecordedRun) else ""
+            raise RunError(
+                f"step {t}: expected one of the recorded steps {span(steps)} of {self.source.path}, got {t}{elsewhere}"
+            )
+        self.reach(t)
+        return Live(self)
+
+    def reach(self, t: int) -> State:
+        """Bring the live parts to state t, which may be the last; views of their buffers.
+
+        Raises RunError where the record does not lead there.
+        """
         start = self.source.nearest(t)
         self.machine.put(start)
         self.machine.injector.off = False  # on the way to what was recorded
@@ -119,7 +129,7 @@ class Replay:
                     f"(minitrain verify {self.source.path} tells all faults)"
                 )
         self.machine.injector.off = not self.injections
-        return Live(self)
+        return self.machine.state
 
 
 class Live:

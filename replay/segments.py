@@ -1,8 +1,9 @@
 """`minitrain verify`: every step of a run replayed and held against its record, segment by segment.
 
 A segment begins at a keyframe and ends at the next, so segments are independent of each other and run in parallel, a
-machine for each thread (the engine works without the GIL). The first begins at state 0, rebuilt from seed and data.
-What a fault makes of the states behind it says nothing about them: up to the next keyframe they are unverified.
+machine for each thread (the engine works without the GIL). The first begins at state 0, rebuilt from seed and data, or
+in a forked run at its first keyframe, which is held against the manifest and the parent (origin.py). What a fault makes
+of the states behind it says nothing about them: up to the next keyframe they are unverified.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from minitrain.record.audit import Damage, audit
 from minitrain.record.digests import KINDS, groups
 from minitrain.record.recorded import Run
 from minitrain.replay.machine import Machine
+from minitrain.replay.origin import FirstState, first_state
 from minitrain.replay.source import RecordedRun, require_match
-from minitrain.replay.states import initial_state
 from minitrain.replay.verifier import Difference, parameter_of
 from minitrain.state import State
 from minitrain.tensors import canonical_bits, parameter_table
@@ -47,6 +48,8 @@ class Verification:
     steps_checked: int = 0
     faults: list[Fault] = field(default_factory=list)
     unverified: list[int] = field(default_factory=list)
+    first: FirstState | None = None
+    """What is known of the state with which a forked run began."""
 
     @property
     def verified(self) -> bool:
@@ -83,7 +86,10 @@ def verify(run: Run, *, workers: int | None = None, show: Callable[[int], None] 
     machines: SimpleQueue[Machine] = SimpleQueue()
     for _ in range(workers):
         machines.put(Machine(source))
-    bounds = [k for k in run.layout.keyframes if k < run.steps] + [run.steps]
+    bounds = [k for k in run.layout.keyframes if k < run.end] + [run.end]
+    if run.parent:
+        found.first = first_state(run)
+        found.faults += [Fault(run.start, "parent", None, found.first.message)] * found.first.fault
 
     def check(segment: _Segment) -> _Segment:
         machine = machines.get()
@@ -116,7 +122,7 @@ def verify(run: Run, *, workers: int | None = None, show: Callable[[int], None] 
 
 def work_of(run: Run) -> int:
     """How much `verify` does: each step is replayed once, and read once."""
-    return 2 * run.steps
+    return 2 * len(run.steps)
 
 
 def _disk(run: Run, stopped: Event, show: Callable[[int], None]) -> list[Fault]:
@@ -138,10 +144,15 @@ def _replayed(source: RecordedRun, machine: Machine, segment: _Segment) -> Itera
 
     Where the keyframe cannot be read, which the audit tells, it begins at an earlier one.
     """
-    start = initial_state(source.config) if segment.start == 0 else source.nearest(segment.start)
+    try:
+        start = source.first() if segment.start == source.run.start else source.nearest(segment.start)
+    except RunError:  # the first keyframe of a forked run, or all of them
+        segment.unverified += range(segment.start, segment.end)
+        yield from segment.unverified
+        return
     machine.put(start)
-    if segment.start == 0:
-        _hold(segment, 0, source, start)
+    if segment.start == source.run.start:
+        _hold(segment, segment.start, source, start)
     step = start.step
     while step < segment.end:
         if source.memory_changed(step):

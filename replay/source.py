@@ -63,6 +63,11 @@ class Source(Protocol):
         """A tensor of m, v or param as step t left it, where its elements are recorded and undamaged."""
 
 
+def span(steps: range) -> str:
+    """Steps in a message."""
+    return "none" if not steps else str(steps[0]) if len(steps) == 1 else f"{steps[0]}..{steps[-1]}"
+
+
 def require_match(source: Source, allow: bool = False) -> list[str]:
     """What differs here so that the same bits are not promised; raises RunError where anything does, unless allowed."""
     found = mismatches(source.manifest, source.config, source.hashes)
@@ -80,7 +85,7 @@ class RecordedRun:
 
     def __init__(self, run: Run) -> None:
         self.run, self.path, self.manifest, self.config = run, run.path, run.manifest, run.config
-        self.steps = range(run.steps)
+        self.steps = run.steps
 
     @cached_property
     def data(self) -> Prepared:
@@ -108,7 +113,9 @@ class RecordedRun:
 
     def memory_changed(self, t: int) -> bool:
         """Whether step t read another state than step t-1 had left."""
-        return t in self.steps and t > 0 and not np.array_equal(self.frame(t).digest_in, self.frame(t - 1).digest_out)
+        if t == self.run.start or t not in self.steps:
+            return False
+        return not np.array_equal(self.frame(t).digest_in, self.frame(t - 1).digest_out)
 
     def nearest(self, t: int) -> State:
         for candidate in self._candidates(t):
@@ -116,7 +123,14 @@ class RecordedRun:
                 return self.as_read(candidate)
             except RunError:  # not recorded, or damaged, which verify tells: steps from an earlier one lead here too
                 continue
-        return initial_state(self.config)
+        return self.first()
+
+    def first(self) -> State:
+        """The state with which the run began: rebuilt from the seed, or in a forked run as it was recorded.
+
+        Raises RunError where the record of a forked run does not give it back.
+        """
+        return self.run.keyframe(self.run.start) if self.run.parent else initial_state(self.config)
 
     def _candidates(self, t: int) -> Iterator[int]:
         """Where a whole state may stand, from t on back."""

@@ -33,12 +33,6 @@ def initial_state(config: Config) -> State:
     return state
 
 
-def copy_state(source: State, target: State) -> None:
-    """The bits of one into the buffers of the other."""
-    for there, here in zip(groups(source), groups(target), strict=True):
-        np.copyto(here.flat, there.flat)
-
-
 def named_tensors(state: State) -> dict[str, NDArray[np.float32]]:
     """``param.<name>``, ``m.<name>``, ``v.<name>``: views."""
     return {f"{k}.{name}": t for k, g in zip(KINDS, groups(state), strict=True) for name, t in g.items()}

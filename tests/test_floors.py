@@ -21,7 +21,7 @@ FLOORS = [
     ["loop", "report", "assembly"],
     ["record"],
     ["trainer", "selftest", "sampling", "replay"],
-    ["cli", "terminal", "experiments"],
+    ["cli", "terminal", "experiments", "fork"],
     ["commands"],
     ["__init__", "__main__"],
 ]

@@ -19,7 +19,7 @@ def test_the_record_is_what_happened(whole):
     """Every state, batch, scalar and stream that the reader gives is the one that the loop had, bit for bit."""
     path, watch = whole
     with minitrain.open_run(path) as run:
-        assert (run.steps, run.ended, run.events, run.keyframes) == (STEPS, "complete", [], [0, 32, 64, 96, 128, 150])
+        assert (run.end, run.ended, run.events, run.keyframes) == (STEPS, "complete", [], [0, 32, 64, 96, 128, 150])
         for t, (params, m, v) in watch.states.items():
             state = run.state(t)
             for got, expected in ((state.params, params), (state.m, m), (state.v, v)):
@@ -111,13 +111,13 @@ def test_a_journal_cut_or_changed(whole, tmp_path_factory, cut, flip, bit):
     entire = read_journal(whole[0] / "journal.msgpack")
     cut %= len(data)
     path.write_bytes(data[:cut])
-    if cut < entire.start:
+    if cut < entire.begin:
         with pytest.raises(RunError, match="got an empty one; it was killed before step 0"):
             read_journal(path)
     else:
         kept = read_journal(path)
         assert kept.steps == entire.steps[: sum(end <= cut for end in entire.ends)]
-        assert kept.torn == cut - (kept.ends[-1] if kept.ends else kept.start)
+        assert kept.torn == cut - (kept.ends[-1] if kept.ends else kept.begin)
     changed = bytearray(data)
     changed[flip % len(data)] ^= 1 << bit
     path.write_bytes(changed)

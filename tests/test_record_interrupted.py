@@ -45,7 +45,7 @@ def test_resumed_equals_uninterrupted(place, stop, kind, sites):
     halt = Watch(stop)
     trainer.run(conf, place / "half", listeners=[halt], stop=halt)
     half = minitrain.open_run(place / "half")
-    assert (half.steps, half.ended) == (stop, "unfinished")
+    assert (half.end, half.ended) == (stop, "unfinished")
     assert damages(place / "half") == []
     trainer.run(conf, place / "half", resume=True)
     assert contents(place / "half") == contents(place / name)
@@ -101,8 +101,8 @@ def kill_and_resume(place: Path, count: int, seed: int) -> Counter[str]:
                 run = minitrain.open_run(place / "cut")
                 assert damages(place / "cut") == []
                 if run.steps:
-                    run.state(run.steps)
-                found[f"in steps {run.steps // 100 * 100} to {run.steps // 100 * 100 + 99}"] += 1
+                    run.state(run.end)
+                found[f"in steps {run.end // 100 * 100} to {run.end // 100 * 100 + 99}"] += 1
             process = spawn(*sets, "--out-dir", "cut", "--resume")
             _, error = process.communicate()
             assert process.returncode == 0, error
@@ -207,8 +207,8 @@ def test_full_disk_goes_on_without(place, whole):
     assert outcome.digest == digest(*whole[1].states[STEPS])
     assert outcome.results["alerts"][0].startswith("not recorded from step ")
     run = minitrain.open_run(place / "without")
-    assert 50 < run.steps < STEPS
-    assert run.state(run.steps).params.flat.tobytes() == whole[1].states[run.steps][0].tobytes()
+    assert 50 < run.end < STEPS
+    assert run.state(run.end).params.flat.tobytes() == whole[1].states[run.end][0].tobytes()
 
 
 def test_no_room_is_said_before_step_0(place, monkeypatch):
@@ -259,8 +259,8 @@ def test_not_finite(place, mode):
     outcome = trainer.run(conf, place / f"nonfinite-{mode}")
     first = outcome.metrics.first_nonfinite_step
     run = minitrain.open_run(place / f"nonfinite-{mode}")
-    assert run.steps == (STEPS if mode == "continue" else first + 1)
-    assert run.keyframes[-1] == run.steps
+    assert run.end == (STEPS if mode == "continue" else first + 1)
+    assert run.keyframes[-1] == run.end
     assert [int(path.stem) for path in run.folder.incident_files()] == [first]
     from safetensors.numpy import load_file
 
@@ -276,6 +276,6 @@ def test_not_finite(place, mode):
         assert damages(run.path) == []
         trainer.run(conf, run.path, resume=True)
         run = minitrain.open_run(run.path)
-    last = run.state(run.steps)
+    last = run.state(run.end)
     assert np.isnan(last.params.flat).any() or np.isnan(last.m.flat).any() or np.isinf(last.v.flat).any()
     assert damages(run.path) == []

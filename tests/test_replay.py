@@ -230,7 +230,7 @@ def test_memory_that_changed_between_steps(tmp_path, record_run, fault, moments,
 def test_a_run_that_went_nonfinite(tmp_path, record_run):
     """The step whose numbers are not finite is replayed to the same NaNs, and the table says so."""
     run = record_run(tmp_path / "run", "optimizer.lr_max=1e30", "optimizer.clip=null", "record.sites=digest")
-    last = open_run(run).steps - 1
+    last = open_run(run).end - 1
     assert 0 < last < 29
     report = Replay(run).at(last).step()
     assert report.verified

@@ -33,6 +33,9 @@ def info_text(told: dict[str, Any]) -> str:
     """What a person reads."""
     saved, steps, record = told["checkpoint_step"], told["steps"], told["record"]
     lines = [("run", f"{told['run']}: {told['state']}, {steps} of {told['total_steps']} steps")]
+    if parent := told["parent"]:
+        changed = f" with {'; '.join(parent['settings'])}" if parent["settings"] else ", nothing changed"
+        lines.append(("forked", f"from {parent['run']} at state {parent['step']}{changed}"))
     if record is None:
         lines.append(("record", "none (record.enabled: false)"))
     else:

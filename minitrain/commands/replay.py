@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from minitrain.errors import RunError, did_you_mean
-from minitrain.terminal import json_option
+from minitrain.terminal import columns, json_option
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -109,15 +109,17 @@ class Done:
 
 def steps_of(replay: Replay, step: int | None, last: int | None) -> tuple[int, int]:
     """The first and the last step to run. A bundle has but one."""
+    from minitrain.replay.source import span
+
     there = replay.source.steps
     if step is None:
         if not replay.source.path.is_file():
-            raise click.UsageError(f"expected --step N, one of the recorded steps 0..{len(there) - 1}")
+            raise click.UsageError(f"expected --step N, one of the recorded steps {span(there)}")
         step = there[0]
     if last is not None and last < step:
         raise click.UsageError(f"--to {last}: expected {step} or a later step, since the first is --step {step}")
     if last is not None and step in there and last not in there:
-        raise RunError(f"--to {last}: expected one of the recorded steps {there[0]}..{there[-1]}, got {last}")
+        raise RunError(f"--to {last}: expected one of the recorded steps {span(there)}, got {last}")
     return step, step if last is None else last
 
 
@@ -215,20 +217,13 @@ def _number(value: Any) -> Any:
 
 
 def print_table(rows: list[SiteReport]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("site", "phase", "finite"):
-        table.add_column(name, no_wrap=True)
-    for name in ("min", "max", "mean |x|"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("record", no_wrap=True)
-    words = {True: "same", False: "[red]differs[/red]", None: "-"}
-    for row in rows:
-        figures = ("-" if math.isnan(x) else f"{x:.4g}" for x in (row.min, row.max, row.mean_abs))
-        table.add_row(row.site, row.phase, "yes" if row.finite else "NO", *figures, words[row.digest_match])
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+    words = {True: "same", False: click.style("differs", "red"), None: "-"}
+    figures = [["-" if math.isnan(x) else f"{x:.4g}" for x in (row.min, row.max, row.mean_abs)] for row in rows]
+    lines = [
+        (row.site, row.phase, "yes" if row.finite else "NO", *numbers, words[row.digest_match])
+        for row, numbers in zip(rows, figures, strict=True)
+    ]
+    click.echo(columns(("site", "phase", "finite", "min", "max", "mean |x|", "record"), lines, right=(3, 4, 5)))
 
 
 def verdict_text(replay: Replay, done: Done) -> str:

@@ -36,6 +36,14 @@ if TYPE_CHECKING:
 @click.option("--injection", metavar="NAME", help="A fault to cause, none, or help: lists them and their parameters.")
 @click.option("--injection-step", type=int, metavar="K", help="The step at which (a setting: from which) it acts.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out-dir.")
+@click.option(
+    "--from",
+    "parent",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Begin with a state of this run: --step N.",
+)
+@click.option("--step", type=int, metavar="N", help="With --from: state N, which step N of RUN read.")
 @json_option
 @quiet_option
 @click.pass_obj
@@ -49,6 +57,8 @@ def command(
     injection: str | None,
     injection_step: int | None,
     resume: bool,
+    parent: Path | None,
+    step: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -60,6 +70,9 @@ def command(
     minitrain train --set data.train_path=book.txt
     minitrain train --resume --out-dir runs/a
     minitrain train --injection v_corrupt --injection-step 500 --set injection.factor=100
+    minitrain train --from runs/a --step 499 --set optimizer.clip=0.5 --out-dir runs/a-clipped
+
+    With --from, settings are those of RUN under those that are given; the numbers of the steps go on at N.
     """
     from minitrain.inject import load
     from minitrain.run_folder import RunFolder, new_path
@@ -71,6 +84,12 @@ def command(
     if config and config_option:
         raise click.UsageError(f"expected one configuration, got two: {config} and {config_option}")
     path = config or config_option
+    if parent and resume:
+        raise click.UsageError(
+            "expected --from or --resume, got both; a forked run goes on with --resume --out-dir RUN"
+        )
+    if (parent is None) != (step is None):
+        raise click.UsageError("expected --from RUN and --step N together: the run, and the state of it to begin with")
     if resume:
         if out_dir is None:
             raise click.UsageError("--resume: expected --out-dir RUN, the folder of the run to go on with")
@@ -78,8 +97,16 @@ def command(
         path = path or RunFolder(out_dir).config
     told = {"injection": injection, "injection_step": injection_step}
     caused = [f"{key}={value}" for key, value in told.items() if value is not None]
-    settings = load(path, [*settings_from(overrides, seed), *caused])
-    folder = out_dir or new_path(path.stem if path else "default")
+    given, origin = [*settings_from(overrides, seed), *caused], None
+    if parent is None or step is None:
+        settings = load(path, given)
+        folder = out_dir or new_path(path.stem if path else "default")
+    else:
+        from minitrain.fork import fork
+
+        folder = out_dir or new_path(f"{parent.resolve().name}-from-{step}")
+        RunFolder.require_free(folder)  # before steps are run again
+        settings, origin = fork(parent, step, path, given)
 
     show = Progress(settings, visible=bar_wanted(quiet, as_json))
     with stop_signals() as stop, show:
@@ -87,6 +114,7 @@ def command(
             settings,
             folder,
             resume=resume,
+            origin=origin,
             command_line=command_line,
             listeners=[show],
             stop=stop,
@@ -131,13 +159,14 @@ def train_json(outcome: Outcome) -> dict[str, Any]:
 
 def train_text(outcome: Outcome) -> str:
     """What a person reads at the end."""
+    from minitrain.run_folder import start_of
+
     folder, metrics, r = outcome.folder, outcome.metrics, outcome.results
+    start = start_of(folder.read_manifest())
+    which = f"steps {start} to {metrics.steps - 1}" if metrics.steps > start > 0 else f"{metrics.steps} steps"
     if metrics.ended == "interrupted":
-        return (
-            f"stopped after {metrics.steps} steps; the state is saved\n"
-            f"next: minitrain train --resume --out-dir {folder.path}"
-        )
-    lines = [f"{metrics.steps} steps in {outcome.wall_clock_s:.1f} s -> {folder.path}"]
+        return f"stopped after {which}; the state is saved\nnext: minitrain train --resume --out-dir {folder.path}"
+    lines = [f"{which} in {outcome.wall_clock_s:.1f} s -> {folder.path}"]
     if metrics.first_nonfinite_step is not None:
         ending = "stopped" if metrics.ended == "nonfinite" else "went on"
         lines.append(

@@ -37,7 +37,7 @@ def create(folder: Path, layout: Layout) -> None:
     for path, content in layout.metadata().items():
         (folder / path).parent.mkdir(exist_ok=True)
         write_atomic(folder / path, content)
-    write_chunk(folder, layout.arrays["step"], 0, np.arange(layout.steps))
+    write_chunk(folder, layout.arrays["step"], 0, np.array(layout.steps))
     write_chunk(folder, layout.arrays["keyframe_step"], 0, np.array(layout.keyframes))
 
 

@@ -124,15 +124,29 @@ class Journal:
     """One for each step."""
     ends: list[int]
     """Where the frame of each step ends, in bytes."""
-    start: int
-    """Where the frames of step 0 begin, in bytes, and the chain there."""
-    start_chain: bytes
+    begin: int
+    """Where the frames of the first step begin, in bytes, and the chain there."""
+    begin_chain: bytes
     torn: int
     """Bytes behind the last whole frame, which a crash left."""
 
+    @property
+    def start(self) -> int:
+        """The first step: 0, but in a run that was forked from another."""
+        return int(self.header.get("start", 0))
+
+    @property
+    def end(self) -> int:
+        """The state that the last recorded step left."""
+        return self.start + len(self.steps)
+
+    def body(self, step: int) -> dict[str, Any]:
+        """What the frame of step t says."""
+        return self.steps[step - self.start]
+
     def frame(self, step: int) -> Frame:
-        body = self.steps[step]
-        before = body["digest_in"] if body["digest_in"] is not None else self.steps[step - 1]["digest_out"]
+        body = self.body(step)
+        before = body["digest_in"] if body["digest_in"] is not None else self.body(step - 1)["digest_out"]
         sites = body.get("sites")
         return Frame(
             step=step,
@@ -142,14 +156,19 @@ class Journal:
             digest_in=np.frombuffer(before, "<u8").reshape(3, -1),
             digest_out=np.frombuffer(body["digest_out"], "<u8").reshape(3, -1),
             sites=None if sites is None else np.frombuffer(sites, "<u8"),
-            chain=self.chains[step],
+            chain=self.chain(step),
             tokens=body["tokens"],
             **{name: body[name] for name in SCALARS},
         )
 
-    def end_of(self, steps: int) -> tuple[int, bytes]:
-        """Where the frames of the first ``steps`` steps end, and the chain there."""
-        return (self.ends[steps - 1], self.chains[steps - 1]) if steps else (self.start, self.start_chain)
+    def chain(self, step: int) -> bytes:
+        """16 bytes over everything up to the frame of step t."""
+        return self.chains[step - self.start]
+
+    def end_of(self, state: int) -> tuple[int, bytes]:
+        """Where the frames of the steps before ``state`` end, and the chain there."""
+        rows = state - self.start
+        return (self.ends[rows - 1], self.chains[rows - 1]) if rows else (self.begin, self.begin_chain)
 
 
 def read_journal(path: Path) -> Journal:
@@ -172,17 +191,17 @@ def read_journal(path: Path) -> Journal:
         try:
             if not journal.header:
                 journal.header = _header(path, body)
-                journal.start, journal.start_chain = end, chain
+                journal.begin, journal.begin_chain = end, chain
             elif "event" in body:
                 journal.events.append(body)
-            elif body["step"] == len(journal.steps):
+            elif body["step"] == journal.end:
                 journal.steps.append(body)
                 journal.chains.append(chain)
                 journal.ends.append(end)
             else:
                 raise ValueError(f"step {body['step']}")
         except (KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{path}: expected step {len(journal.steps)} before byte {end}, got {error}") from error
+            raise RunError(f"{path}: expected step {journal.end} before byte {end}, got {error}") from error
     if not journal.header:
         raise RunError(f"{path}: expected the journal of a run, got an empty one; it was killed before step 0")
     journal.torn = len(data) - end
@@ -195,6 +214,9 @@ def _header(path: Path, body: dict[str, Any]) -> dict[str, Any]:
             f"{path}: expected format_version {FORMAT_VERSION}, got {body.get('format_version')!r}; "
             "use the minitrain version that the run's manifest names"
         )
+    start = body.get("start", 0)
+    if type(start) is not int or start < 0:
+        raise ValueError(f"a first step {start!r}")
     return body
 
 

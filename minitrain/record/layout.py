@@ -45,7 +45,10 @@ class ArraySpec:
 class Layout:
     """All arrays of a record. B samples a batch, N tensors of P numbers, S sites."""
 
-    steps: int
+    start: int
+    """The first step: row r of an array of steps is step ``start`` + r. 0, but in a run forked from another."""
+    end: int
+    """The state that the last step leaves."""
     keyframe_every: int
     moments: bool
     """Whether m and v of every step are recorded."""
@@ -56,17 +59,23 @@ class Layout:
     attributes: Mapping[str, Any]
     """Of the group: names of tensors, kinds, streams and sites."""
 
+    @property
+    def steps(self) -> range:
+        """Those that have a row, in order."""
+        return range(self.start, self.end)
+
     @cached_property
     def keyframes(self) -> list[int]:
-        """The states that are recorded whole: every ``keyframe_every``-th, and the last."""
-        return [*range(0, self.steps, self.keyframe_every), self.steps]
+        """The states that are recorded whole: the first, every ``keyframe_every``-th, and the last."""
+        second = (self.start // self.keyframe_every + 1) * self.keyframe_every
+        return [self.start, *range(second, self.end, self.keyframe_every), self.end]
 
     @cached_property
     def arrays(self) -> dict[str, ArraySpec]:
         P, B, N, S = ("parameter", self.P), ("sample", self.B), ("tensor", self.N), ("site", self.S)
         kind, stream, word, half = ("kind", 3), ("stream", 2), ("word", 4), ("half", 2)
         of_step = "step t, which turns state t into state t+1"
-        before, after = "state t, as step t read it", "row t is state t+1, as step t left it; state 0 is zeros"
+        before, after = "state t, as step t read it", "the row of step t is state t+1, as it left it; state 0 is zeros"
         keyframe = "the state that keyframe_step says"
         moment = "moment of the gradients (AdamW)"
 
@@ -113,8 +122,8 @@ class Layout:
         """About how many bytes the whole record takes, with the journal."""
         rows = sum(s.row_bytes + 20 for s in self.of("rows"))
         frame = 250 + 8 * (self.B + 8 + 3 * self.N + self.S)
-        blocks = -(-self.steps // BLOCK) * BLOCK * sum(s.row_bytes for s in self.of("blocks"))
-        return self.steps * (rows + frame) + blocks + len(self.keyframes) * 12 * self.P
+        blocks = -(-len(self.steps) // BLOCK) * BLOCK * sum(s.row_bytes for s in self.of("blocks"))
+        return len(self.steps) * (rows + frame) + blocks + len(self.keyframes) * 12 * self.P
 
     def metadata(self) -> dict[str, bytes]:
         """Every ``zarr.json`` by its path in the group."""
@@ -126,7 +135,7 @@ class Layout:
         store = MemoryStore()
         group = create_group(store=store, zarr_format=3, attributes={**about, **self.attributes})
         for s in self.arrays.values():
-            length = len(self.keyframes) if s.dims[0] == "keyframe" else self.steps
+            length = len(self.keyframes) if s.dims[0] == "keyframe" else len(self.steps)
             chunk = {"rows": 1, "keyframes": 1, "blocks": BLOCK, "once": length}[s.form]
             group.create_array(
                 s.name,
@@ -145,13 +154,14 @@ class Layout:
         return {path: buffer.to_bytes() for path, buffer in store._store_dict.items()}
 
 
-def layout_of(config: Config, steps: int | None = None) -> Layout:
-    """The arrays of the record of this run, of ``steps`` steps if it ended early."""
+def layout_of(config: Config, start: int = 0, end: int | None = None) -> Layout:
+    """The arrays of the record of this run, which begins at step ``start``, up to state ``end`` if it ended early."""
     record, table = config.record, parameter_table(config.model)
     heard = sites(config.model)[: -3 * len(table)] if record.sites == "digest" else []
     offsets = [0, *accumulate(math.prod(p.shape) for p in table)]
     return Layout(
-        steps=config.scheduler.total_steps if steps is None else steps,
+        start=start,
+        end=config.scheduler.total_steps if end is None else end,
         keyframe_every=record.keyframe_every,
         moments=record.moments == "every_step",
         B=config.training.batch_size,

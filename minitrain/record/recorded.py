@@ -1,8 +1,9 @@
 """What a run has recorded, read back: lazily, checked against checksums and digests, of a run that is done, at work or
 was killed.
 
-State t is what step t reads, 0 <= t <= T; step t turns it into state t+1, 0 <= t < T. What is damaged is never
-returned: a RunError says which file and place.
+State t is what step t reads; step t turns it into state t+1. ``run.steps`` are the steps that are recorded, from
+``run.start`` on, which is 0 but in a run that was forked from another; the states are those from ``run.start`` to
+``run.end``. What is damaged is never returned: a RunError says which file and place.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from minitrain.record.arrays import read_chunk, read_row, shards
 from minitrain.record.digests import KINDS, batch_digest, tensor_digest
 from minitrain.record.journal import FINGERPRINT, SCALARS, Frame, Journal, read_journal
 from minitrain.record.layout import Layout, layout_of
-from minitrain.run_folder import RunFolder
+from minitrain.run_folder import RunFolder, start_of
 from minitrain.state import State
 from minitrain.tensors import Parameter, Tensors, parameter_table
 
@@ -69,7 +70,7 @@ class RecordedBatch(NamedTuple):
 
 
 class Scalars(Mapping[str, NDArray[Any]]):
-    """One array of T numbers a name: step, loss, lr, grad_norm, ... ``pandas.DataFrame(dict(scalars))`` takes it."""
+    """A number for each recorded step: step, loss, lr, grad_norm, ... ``pandas.DataFrame(dict(scalars))`` takes it."""
 
     NAMES = ("step", *SCALARS, "tokens")
 
@@ -122,19 +123,19 @@ class Run:
 
     def _require_same_run(self) -> None:
         """Manifest and journal must tell of the same run, and the journal be as long as the manifest says."""
-        told = {key: self.manifest.get(key) for key in FINGERPRINT}
-        found = {key: self.journal.header.get(key) for key in FINGERPRINT}
+        told = {key: self.manifest.get(key) for key in FINGERPRINT} | {"start": start_of(self.manifest)}
+        found = {key: self.journal.header.get(key) for key in FINGERPRINT} | {"start": self.journal.start}
         if told != found:
-            names = ", ".join(key for key in FINGERPRINT if told[key] != found[key])
+            names = ", ".join(key for key in told if told[key] != found[key])
             raise RunError(
                 f"{self.folder.journal}: expected the journal of the run that {self.folder.manifest} tells of, got one "
                 f"with another {names}; put the files of one run together again"
             )
         ended = self.manifest.get("outcome", {}).get("steps")
-        if ended is not None and self.folder.complete.exists() and self.steps != ended and not self._given_up:
+        if ended is not None and self.folder.complete.exists() and self.end != ended and not self._given_up:
             raise RunError(
-                f"{self.folder.journal}: expected {ended} steps, as {self.folder.manifest} says, got {self.steps}: the "
-                "end is missing; restore the file from a copy"
+                f"{self.folder.journal}: expected the steps before {ended}, as {self.folder.manifest} says, got "
+                f"those before {self.end}: the end is missing; restore the file from a copy"
             )
 
     @property
@@ -143,9 +144,24 @@ class Run:
         return self.config.record.on_error == "continue"
 
     @property
-    def steps(self) -> int:
-        """T: the steps that are recorded."""
-        return len(self.journal.steps)
+    def start(self) -> int:
+        """The first state, and the first step: 0, but in a run that was forked from another."""
+        return self.journal.start
+
+    @property
+    def end(self) -> int:
+        """The last state: what the last recorded step left."""
+        return self.journal.end
+
+    @property
+    def steps(self) -> range:
+        """The steps that are recorded."""
+        return range(self.start, self.end)
+
+    @property
+    def parent(self) -> dict[str, Any] | None:
+        """What this run was forked from, as the manifest has it: run, step, config_hash, digest, chain, settings."""
+        return self.manifest.get("parent")
 
     @property
     def complete(self) -> bool:
@@ -163,23 +179,30 @@ class Run:
 
     @cached_property
     def layout(self) -> Layout:
-        return layout_of(self.config, self.steps if self.ended == "nonfinite" else None)
+        return layout_of(self.config, self.start, self.end if self.ended == "nonfinite" else None)
 
     @cached_property
     def keyframes(self) -> list[int]:
         """The states that stand on disk whole, in order."""
         states = self.layout.keyframes
         numbers = [number for number, _ in shards(self.folder.record, self.layout.arrays["keyframe_param"])]
-        return [states[n] for n in numbers if n < len(states) and states[n] <= self.steps]
+        return [states[n] for n in numbers if n < len(states) and states[n] <= self.end]
 
     def _require(self, what: str, t: int, last: int) -> int:
-        if not 0 <= t <= last:
-            raise RunError(f"{what} {t}: expected 0 to {last}, which {self.path} has recorded, got {t}")
+        if not self.start <= t <= last:
+            there = f"{self.start} to {last}" if self.start <= last else "none"
+            raise RunError(f"{what} {t}: expected {there}, which {self.path} has recorded, got {t}{self.before(t)}")
         return t
 
+    def before(self, t: int) -> str:
+        """The end of a message about a step or state that stands in the parent, if this one does."""
+        if self.parent is None or not 0 <= t < self.start:
+            return ""
+        return f"; it was forked at state {self.start} from {self.parent['run']}, which has what was before"
+
     def frame(self, t: int) -> Frame:
-        """What the journal says of step t. Raises RunError outside 0..T-1."""
-        return self.journal.frame(self._require("step", t, self.steps - 1))
+        """What the journal says of step t. Raises RunError outside ``steps``."""
+        return self.journal.frame(self._require("step", t, self.end - 1))
 
     def rng(self, t: int) -> NDArray[np.uint64]:
         """(2, 4): both streams before step t drew from them."""
@@ -225,21 +248,22 @@ class Run:
     # States
 
     def digests(self, t: int) -> NDArray[np.uint64]:
-        """(3, N) of state t, 0 <= t <= T, as it was left, or for state 0 as it was read."""
-        self._require("state", t, self.steps)
-        if self.steps == 0:
+        """(3, N) of state t as it was left, or of the first state as it was read."""
+        self._require("state", t, self.end)
+        if not self.steps:
             raise RunError(f"{self.path}: expected at least one recorded step, got none")
-        return self.frame(t - 1).digest_out if t else self.frame(0).digest_in
+        return self.frame(t - 1).digest_out if t > self.start else self.frame(t).digest_in
 
     def moments(self, t: int) -> Moments:
         """m and v of state t, checked. Raises RunError where they are not recorded, or damaged."""
-        self._require("state", t, self.steps)
+        self._require("state", t, self.end)
         m, v = self._tensors(), self._tensors()
-        if t and self.config.record.moments == "every_step":
+        row = t - 1 - self.start
+        if row >= 0 and self.config.record.moments == "every_step":
             for kind, tensors in ((1, m), (2, v)):
                 spec = self.layout.arrays[KINDS[kind]]
-                tensors.flat[:] = read_row(self.folder.record, spec, t - 1)
-                self.require_digests(t, kind, tensors.flat, f"row {t - 1} of {self.folder.record / spec.name}")
+                tensors.flat[:] = read_row(self.folder.record, spec, row)
+                self.require_digests(t, kind, tensors.flat, f"row {row} of {self.folder.record / spec.name}")
         elif t:
             self._read_keyframe(t, {1: m, 2: v})
         return Moments(m, v)
@@ -249,7 +273,7 @@ class Run:
 
         Raises RunError where neither is recorded, or what follows has another digest than was recorded.
         """
-        self._require("state", t, self.steps)
+        self._require("state", t, self.end)
         start = max((k for k in self.keyframes if k <= t), default=None)
         if start is None or (start != t and self.config.record.moments != "every_step"):
             raise self._not_recorded(t)

@@ -12,6 +12,7 @@ import math
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -48,8 +49,8 @@ def require_room(folder: RunFolder, layout: Layout) -> int:
     free = shutil.disk_usage(place).free + there
     if layout.disk_bytes > free:
         raise RunError(
-            f"record: expected {layout.disk_bytes / 1e9:,.2f} GB of free disk at {place} for {layout.steps} steps, got "
-            f"{free / 1e9:,.2f} GB; make room, choose another --out-dir, or set record.moments=keyframes "
+            f"record: expected {layout.disk_bytes / 1e9:,.2f} GB of free disk at {place} for {len(layout.steps)} "
+            f"steps, got {free / 1e9:,.2f} GB; make room, choose another --out-dir, or set record.moments=keyframes "
             "(or record.enabled=false)"
         )
     return free
@@ -89,21 +90,24 @@ class _Backlog:
 class Recorder(Listener):
     """Writes ``journal.msgpack``, ``record.zarr`` and ``incidents/`` of a run."""
 
-    def __init__(self, folder: RunFolder, config: Config, parts: Parts, fingerprint: dict[str, Any]) -> None:
-        """Begin at the parts' current step: a new record at 0, else the one that stands there, cut to that step.
+    def __init__(
+        self, folder: RunFolder, config: Config, parts: Parts, fingerprint: dict[str, Any], start: int = 0
+    ) -> None:
+        """Begin at the parts' current step: a new record at ``start``, else what stands there, cut to that step.
 
         ``fingerprint`` is what must be the same for a replay to promise the same bits. Raises RunError if the record
         does not reach the current step, and OSError.
         """
         self.alerts: list[str] = []
         self._folder, self._config, self._parts = folder, config, parts
-        self._layout = layout_of(config)
+        self._layout = layout_of(config, start)
         self._keyframe = {state: number for number, state in enumerate(self._layout.keyframes)}
         state = parts.state()
         header = {
             "format_version": FORMAT_VERSION,
             **fingerprint,
-            "steps": self._layout.steps,
+            "start": start,
+            "steps": self._layout.end,
             "record": config.record.model_dump(exclude={"on_error"}),
             **self._layout.attributes,
         }
@@ -112,7 +116,7 @@ class Recorder(Listener):
         """What the last step left: (3, N), or one after the other."""
         self._raw: list[int] = []
         self._tensors = [tensor.data for group in groups(state) for tensor in group.values()][::-1]
-        if not state.step:
+        if state.step == start:
             self._writer.keyframe(0, _flats(state))
         self._body: dict[str, Any] = {}
         self._heard: list[int] = []
@@ -157,7 +161,7 @@ class Recorder(Listener):
         self._injected = bool(injected)
         if read.state != self._raw:  # the first step, NaNs, or memory that has changed since the last step
             now = state_digests(state)
-            if state.step == 0:
+            if state.step == self._layout.start:
                 digest_in = now
             elif not np.array_equal(now, before := np.array(self._out, np.uint64).reshape(3, -1)):
                 digest_in = now
@@ -259,8 +263,8 @@ class Recorder(Listener):
         try:
             self._writer.close()
             state = self._parts.state()
-            if stopped and state.step < self._layout.steps and not self._error:
-                self._writer.shorten(layout_of(self._config, state.step), _flats(state))
+            if stopped and state.step < self._layout.end and not self._error:
+                self._writer.shorten(replace(self._layout, end=state.step), _flats(state))
         except OSError as error:
             self._error = self._error or error
         self._require_no_error()

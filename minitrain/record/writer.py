@@ -27,52 +27,53 @@ Flats = tuple[NDArray[np.float32], ...]
 
 
 class RecordWriter:
-    """Begins a record, or goes on with one that is cut back to its first ``start`` steps."""
+    """Begins a record, or goes on with one that is cut back to the steps before ``state``."""
 
-    def __init__(self, folder: RunFolder, layout: Layout, header: Mapping[str, Any], start: int) -> None:
-        """Raises RunError if the record that stands there does not reach ``start``, and OSError."""
+    def __init__(self, folder: RunFolder, layout: Layout, header: Mapping[str, Any], state: int) -> None:
+        """Raises RunError if the record that stands there does not reach ``state``, and OSError."""
         self._folder, self._layout = folder, layout
         self._before: dict[int, dict[str, Any]] = {}
         self._journal: JournalWriter
-        if start:
-            journal = self._require_steps(start)
-            self._before = {body["step"]: body for body in journal.steps[start:]}
+        rows = state - layout.start
+        if rows:
+            journal = self._require_steps(state)
+            self._before = {body["step"]: body for body in journal.steps[rows:]}
         elif folder.record.exists():
             shutil.rmtree(folder.record)
-        self._drop_later(start)
+        self._drop_later(state)
         create(folder.record, layout)
-        self._blocks = BlockWriter(folder.record, layout.of("blocks"), start // BLOCK)
-        self._rows = [RowWriter(folder.record, spec, start) for spec in layout.of("rows")]
-        if start:
-            for step in range(start // BLOCK * BLOCK, start):
+        self._blocks = BlockWriter(folder.record, layout.of("blocks"), rows // BLOCK)
+        self._rows = [RowWriter(folder.record, spec, rows) for spec in layout.of("rows")]
+        if rows:
+            for step in layout.steps[rows // BLOCK * BLOCK : rows]:
                 self._blocks.append(block_row(journal, step))
-            end, chain = journal.end_of(start)
+            end, chain = journal.end_of(state)
             self._journal = JournalWriter(folder.journal, keep=end, chain=chain)
-            self.digest_out = journal.frame(start - 1).digest_out
+            self.digest_out = journal.frame(state - 1).digest_out
             """Of the last step, (3, N)."""
         else:
             self._journal = JournalWriter(folder.journal)
             self._journal.append(header)
             self.digest_out = np.zeros((3, layout.N), np.uint64)
 
-    def _require_steps(self, start: int) -> Journal:
+    def _require_steps(self, state: int) -> Journal:
         journal = read_journal(self._folder.journal)
-        if len(journal.steps) < start:
+        if journal.end < state:
             raise RunError(
-                f"{self._folder.journal}: expected every step before {start}, where the checkpoint stands, got only "
-                f"{len(journal.steps)}; restore it, or delete {self._folder.checkpoint} to start again from step 0"
+                f"{self._folder.journal}: expected every step before {state}, where the checkpoint stands, got only "
+                f"those before {journal.end}; restore it, or {self._folder.begin_again()}"
             )
         return journal
 
-    def _drop_later(self, start: int) -> None:
+    def _drop_later(self, state: int) -> None:
         """Keyframes and incidents of steps that will be done again, and what a kill left half written."""
         for path in self._folder.record.rglob(".*.partial"):
             path.unlink()
-        for spec in self._layout.of("keyframes") if start else ():
+        for spec in self._layout.of("keyframes") if self._folder.record.exists() else ():
             for number, path in shards(self._folder.record, spec):
-                if number >= len(self._layout.keyframes) or self._layout.keyframes[number] > start:
+                if number >= len(self._layout.keyframes) or self._layout.keyframes[number] > state:
                     path.unlink()
-        for path in self._folder.incident_files(start):
+        for path in self._folder.incident_files(state):
             path.unlink()
 
     def step(self, body: Mapping[str, Any], moments: tuple[NDArray[np.float32], ...]) -> bool:
@@ -135,5 +136,5 @@ def _as_row(body: Mapping[str, Any], before: NDArray[np.uint64], chain: bytes) -
 
 def block_row(journal: Journal, step: int) -> dict[str, Any]:
     """A committed step by the names of the arrays in blocks."""
-    before = journal.steps[step - 1]["digest_out"] if step else journal.steps[0]["digest_in"]
-    return _as_row(journal.steps[step], np.frombuffer(before, "<u8").reshape(3, -1), journal.chains[step])
+    frame = journal.frame(step)
+    return _as_row(journal.body(step), frame.digest_in, frame.chain)

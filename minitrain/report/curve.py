@@ -21,14 +21,14 @@ def draw(log: Log, baseline_ppl: float, baseline_name: str, title: str, subtitle
     """The loss curves as a PNG, without the network."""
     import altair as alt
 
-    end = max([1.0, *log.step + 1, *log.val_step])
+    start, end = log.start, max([log.start + 1.0, *log.step + 1, *log.val_step])
     base = math.log(baseline_ppl) if 0 < baseline_ppl < math.inf else math.nan
     kept, kept_val = extremes(log.loss), extremes(log.val_loss)
     mean = f"train, mean of {log.window:,} steps"
     curves = {  # name: colour, width, dashes, points (see _rows), steps, losses
         "train, each step": (EACH, 0.8, [1, 0], 0, log.step[kept], log.loss[kept]),
         mean: (MEAN, 2.4, [1, 0], -1, log.step[kept], np.array([log.mean_loss(i) for i in kept])),
-        baseline_name: (BASELINE, 1.5, [6, 4], -1, np.array([0, end]), np.array([base, base])),
+        baseline_name: (BASELINE, 1.5, [6, 4], -1, np.array([start, end]), np.array([base, base])),
         "validation": (VALIDATION, 1.8, [1, 0], 2, log.val_step[kept_val], log.val_loss[kept_val]),
     }
     if log.window == 1:
@@ -46,7 +46,10 @@ def draw(log: Log, baseline_ppl: float, baseline_name: str, title: str, subtitle
     unit = "nats per token, log scale" if logarithmic else "nats per token"
     scale = alt.Scale(type="log" if logarithmic else "linear", zero=False, nice=True)
     x = alt.X(
-        "step:Q", title="step", scale=alt.Scale(domain=[0, end], nice=False), axis=alt.Axis(tickCount=int(min(end, 10)))
+        "step:Q",
+        title="step",
+        scale=alt.Scale(domain=[start, end], nice=False),
+        axis=alt.Axis(tickCount=int(min(end - start, 10))),
     )
     y = alt.Y("loss:Q", title=f"loss ({unit})", scale=scale)
     series = alt.Chart(alt.NamedData("rows")).encode(x, y, alt.Color(**by_series(colours)))
@@ -67,7 +70,7 @@ def draw(log: Log, baseline_ppl: float, baseline_name: str, title: str, subtitle
             f"{baseline_name}: perplexity {number(baseline_ppl)}", end, y, align="right", dx=-6, dy=13 if over else -11
         )
     for line in log.broken[:1]:
-        step, align = line["step"], "right" if line["step"] > end / 2 else "left"
+        step, align = line["step"], "right" if line["step"] > (start + end) / 2 else "left"
         wall = alt.Chart(alt.InlineData(values=[{"step": step}])).mark_rule(strokeWidth=2, color=BROKEN)
         layers.append(wall.encode(x))
         note(f"step {step:,}: {not_finite(line)}", step, alt.value(-10), align=align)  # above the marks

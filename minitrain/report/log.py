@@ -48,6 +48,11 @@ class Log:
         return cls(step, loss, norm, clipped, rate, val_step, val_loss, broken)
 
     @property
+    def start(self) -> int:
+        """The first step: 0, but in a run that was forked from another."""
+        return int(self.step[0]) if len(self.step) else 0
+
+    @property
     def window(self) -> int:
         """Over how many steps the train loss is averaged: 51 in a default run, a single one in a tiny run."""
         return len(self.step) // 40 // 2 * 2 + 1

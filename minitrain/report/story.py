@@ -97,12 +97,15 @@ class Story:
             if math.isfinite(best)
             else "no finite validation"
         )
-        return f"{name}: {count(steps, 'step')}, {lowest}"
+        parent = self.manifest.get("parent")
+        forked = f", forked from {parent['run']} at state {parent['step']:,}" if parent else ""
+        return f"{name}: {count(steps, 'step')}{forked}, {lowest}"
 
     def sections(self) -> dict[str, str]:
         """The paragraphs by heading, in order."""
         return {
             "Result": self.result(),
+            "Forked": self.forked(),
             "Not finite": self.broken(),
             "Curve": f"{self.training()} {self.validation()}",
             "Gap": self.gap(),
@@ -132,6 +135,18 @@ class Story:
         else:
             text += f"; the run ends at {number(val)}, {abs(gain):,.1f} % more, and does not beat it."
         return " ".join([text, *(f"Alert: {alert}." for alert in self.measured["alerts"])])
+
+    def forked(self) -> str:
+        if not (parent := self.manifest.get("parent")):
+            return ""
+        text = (
+            f"The run began with state {parent['step']:,} of `{parent['run']}` (digest `{parent['digest'][:12]}…`), so "
+            f"the numbers of its steps go on there, and it took {count(len(self.log.step), 'step')} of its own. "
+        )
+        if not (changed := parent["settings"]):
+            return f"{text}No setting was changed: it is that run again."
+        lines = "\n".join(textwrap.shorten(line, 90, placeholder=" ...") for line in changed)
+        return f"{text}Changed was:\n\n```\n{lines}\n```"
 
     def broken(self) -> str:
         if not self.log.broken:
@@ -163,8 +178,8 @@ class Story:
             return text
         landmarks: dict[int, str] = {steps - 1: "at the end"}
         landmarks.setdefault(steps // 2, "half way")
-        if self.config.scheduler.warmup_steps:
-            landmarks.setdefault(self.config.scheduler.warmup_steps, "after the warm-up")
+        if (warm := self.config.scheduler.warmup_steps - self.log.start) > 0:
+            landmarks.setdefault(warm, "after the warm-up")
         passed = [
             f"{number(self.log.mean_loss(i), 3)} {name} (step {int(self.log.step[i]):,})"
             for i, name in sorted(landmarks.items())
@@ -173,7 +188,9 @@ class Story:
         averaged = f"Averaged over up to {self.log.window:,} steps it" if self.log.window > 1 else "It"
         text += f" {averaged} was {listed(passed)}."
         top = int(np.argmax(np.nan_to_num(self.log.loss)))
-        return f"{text} The highest was {number(self.log.loss[top], 3)}, at step {top:,}." if top else text
+        if not top:
+            return text
+        return f"{text} The highest was {number(self.log.loss[top], 3)}, at step {int(self.log.step[top]):,}."
 
     def validation(self) -> str:
         steps, losses = self.log.val_step, self.log.val_loss
@@ -191,7 +208,8 @@ class Story:
         low = f"never fell below its first, {lowest}" if best == 0 else f"was lowest at {lowest}"
         rise = 100 * math.expm1(min(losses[last] - losses[best], 700.0))
         higher = f", {rise:,.1f} % higher" if rise >= 0.05 else ""
-        begin, end = (self.log.mean_loss(min(int(steps[i]), len(self.log.step) - 1)) for i in (best, last))
+        lines = (min(int(steps[i]) - self.log.start, len(self.log.step) - 1) for i in (best, last))
+        begin, end = (self.log.mean_loss(line) for line in lines)
         return (
             f"{times} and {low}; the last, at step {int(steps[last]):,}, was {_ppl(losses[last])}{higher}, while the "
             f"train loss went from {number(begin, 3)} to {number(end, 3)}."
@@ -243,7 +261,7 @@ class Story:
         changed = differing_keys(Config(), self.config)
         if not changed:
             return "Every setting is the default."
-        sections = dict.fromkeys(re.split(r"[.:]", line)[0] for line in changed)  # a list has no second name
+        sections = dict.fromkeys(re.split("[.:]", line)[0] for line in changed)
         more = [f"and {len(changed) - SHOWN} more, in config.yaml"] if len(changed) > SHOWN else []
         lines = "\n".join(textwrap.shorten(line, 90, placeholder=" ...") for line in changed[:SHOWN] + more)
         concerns = listed([CONCERNS[name] for name in sections])
@@ -267,7 +285,9 @@ class Story:
         )
 
     def again(self) -> str:
-        command = f"minitrain train --config {shlex.quote(str(self.folder.config))} --out-dir NEW"
+        parent = self.manifest.get("parent")
+        begin = f"--from {shlex.quote(parent['run'])} --step {parent['step']} " if parent else ""
+        command = f"minitrain train {begin}--config {shlex.quote(str(self.folder.config))} --out-dir NEW"
         digest = self.manifest.get("outcome", {}).get("digest")
         same = f": the last state must have the digest `{digest}`" if digest and not self.log.broken else ""
         models = ", models/ the parameters" if self.measured["ended"] == "complete" else ""
