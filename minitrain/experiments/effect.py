@@ -63,7 +63,7 @@ def first_difference(a: Run, b: Run) -> int | None:
         states = (f.digest_in.tobytes(), f.digest_out.tobytes())
         return (*states, f.rng.tobytes(), f.batch_digest, f.loss, f.lr, f.grad_norm, f.grad_norm_clipped)
 
-    return next((t for t in range(min(a.steps, b.steps)) if bits(a, t) != bits(b, t)), None)
+    return next((t for t in a.steps if t in b.steps and bits(a, t) != bits(b, t)), None)
 
 
 def at_step(folder: RunFolder, twin: RunFolder, step: int, factor: float | None = None) -> list[dict[str, Any]]:

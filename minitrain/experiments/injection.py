@@ -37,7 +37,7 @@ def check(job: Job) -> None:
             found = listed([str(step) for step in steps]) if steps else "none"
             where = f" (in the variant {name})" if name else ""
             raise ConfigError(
-                f"injections: expected one, at a step from {WINDOW + 1} to {total - PLATEAU - 2} in a run of {total} "
+                f"injections: expected one, at a step from {WINDOW + 1} to {total - PLATEAU - 1} in a run of {total} "
                 f"steps, so that there is something before and behind it, got {found}"
                 f"{where}; --set injection.step=K moves it"
             )
