@@ -63,7 +63,7 @@ def make(job: Job) -> Finding:
         "effect": whole,
         "variants": [{"name": n, "set": list(job.preset.variants[n]), "effect": e} for n, e in others.items()],
     }
-    write_atomic(job.folder.path / PICTURE, _picture(job, config, headline, others))
+    write_atomic(job.folder.path / PICTURE, _picture(job, config, headline, whole, others))
     shown = (f"Loss and gradient norm around step {whole['step']:,}", PICTURE)
     write_atomic(job.folder.readme, page(job.title, headline, shown, _told(job, config, whole, told, others)))
     return Finding(headline, results, not whole["before"]["same_bits"])
@@ -101,11 +101,15 @@ def _headline(config: Config, e: Mapping[str, Any], told: list[Line]) -> str:
     )
 
 
-def _picture(job: Job, config: Config, headline: str, others: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Loss and norm of both runs, and the loss under the setting, if any, where it rose highest."""
+def _picture(
+    job: Job, config: Config, headline: str, e: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]
+) -> bytes:
+    """Loss and norm of both runs; v, where that was changed; the loss under the setting where it rose highest."""
     name, K = config.injections[0].name, config.injections[0].step
     log, twin = Log.read(job.folder), Log.read(job.inner(TWIN))
     panels = [around.loss(log, twin), around.norm(log, twin, config.optimizer.clip)]
+    if name == "v_corrupt":
+        panels.append(around.ratio(f"v of {config.injections[0].target} ÷ baseline", K, e["trace"]["v"]))
     if others:
         top = max(others, key=lambda n: others[n]["loss"]["peak_sigmas"])
         setting = " ".join(job.preset.variants[top])
@@ -166,7 +170,7 @@ def _why(config: Config, e: Mapping[str, Any]) -> str:
     if _of_parameter(config):
         ratios = [(n, e["trace"]["update"][n]) for n in (1, PLATEAU, TRACED - 1) if n < len(e["trace"]["update"])]
         told = [f"{number(ratio)} × after {count(n, 'step')}" for n, ratio in ratios if ratio is not None]
-        return f"What the step changes of `{one.target}`, against the baseline: {listed(told)}. " if told else ""
+        return f"The update of `{one.target}`, against the baseline's, is {listed(told)}." if told else ""
     if clip is None or norm is None:
         return ""
     if norm <= clip:

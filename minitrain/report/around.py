@@ -38,6 +38,13 @@ def norm(log: Log, twin: Log, clip: float | None) -> Panel:
     return Panel("gradient norm (log scale)", log.step, log.norm, twin.norm, "before the clip", True, clip)
 
 
+def ratio(what: str, step: int, behind: Sequence[float | None]) -> Panel:
+    """Of something that was 1 up to ``step``, and is ``behind`` in the states that follow."""
+    values = np.array([1.0] * (BEFORE + 1) + [np.nan if x is None else x for x in behind])
+    steps = np.arange(step - BEFORE, step + 1 + len(behind), dtype=np.float64)
+    return Panel("ratio (log scale)", steps, values, np.ones(len(values)), what, True)
+
+
 def draw(panels: Sequence[Panel], step: int, what: str, title: str, subtitle: str) -> bytes:
     """A PNG, without the network: the injected run broad and blue, the baseline thin and dashed upon it."""
     rows = [row for number, panel in enumerate(panels) for row in _rows(number, panel, step)]
