@@ -145,12 +145,16 @@ def test_another_fault_has_no_expectations(make: Callable[..., Made]):
 
 
 def test_a_run_that_ends_is_not_compared(make: Callable[..., Made]):
-    """A parameter that is NaN ends the run: a problem, told as such."""
+    """A parameter that is NaN ends the run, the experiment's own or that of a setting: a problem, told as such."""
     made = make("B", "injection.name=param_nan")
     assert made.finding
     assert made.finding.problem
     assert made.finding.headline == "Nothing was compared: a run ended with numbers that are not finite"
     assert "effect" not in stored(made)
+    made = make("B", variants={"broken": ("injection.name=param_nan",)}, out_dir=Path("variant"))
+    assert made.finding
+    assert made.finding.problem
+    assert "compared: under injection.name=param_nan a run ended" in made.finding.headline
 
 
 @pytest.mark.parametrize("stopped_after", [60, 200])
