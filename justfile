@@ -38,5 +38,12 @@ experiments: _installed
 experiment name *options: _installed
     .venv/bin/minitrain experiment {{ name }} {{ options }}
 
+# The healthy run, then the runs with a fault at step 500, each held against the same run without it
+injections: _installed
+    just experiment 18-baseline
+    just experiment 19-injection-A
+    just experiment 19-injection-B
+    just experiment 19-injection-C
+
 _installed:
     make .stamps/installed

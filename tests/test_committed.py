@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minitrain.config import config_hash, load_config
-from minitrain.experiments import preset
+from minitrain.experiments import expected, preset
 from minitrain.experiments.place import finished
 from minitrain.run_folder import RunFolder
 
@@ -53,6 +53,39 @@ def test_the_committed_mini_answers_its_question():
         results["ngram_baseline_val_ppl"],
         json.loads((COMMITTED / "14-ngram-baseline/results.json").read_text())["best_perplexity"],
     )
+
+
+@committed
+@pytest.mark.parametrize("name", [name for name in preset.names() if name.startswith("19-injection")])
+def test_the_committed_injections_say_what_was_measured(name: str):
+    """Every verdict follows from the figures that stand beside it, as do headline and table of the page."""
+    folder = RunFolder(COMMITTED / name)
+    results, text = finished(folder), folder.readme.read_text()
+    assert results
+    assert results["effect"]["before"] == {"first_difference": 500, "same_bits": True}
+    told = expected.lines(results["effect"], folder.stored_config())
+    assert [line._asdict() for line in told] == results["expectations"]
+    for line in told:
+        verdict = "as expected" if line.as_expected else "**otherwise**"
+        assert f"| {line.expected} | {line.seen} | {verdict} |" in text
+    lines = {line["step"]: line for line in folder.log_lines() if "loss" in line}
+    series = results["effect"]["series"]
+    assert series["step"] == list(range(499, 551))
+    assert series["loss"] == [lines[t]["loss"] for t in series["step"]]
+    assert series["grad_norm"] == [lines[t]["grad_norm"] for t in series["step"]]
+
+
+@committed
+def test_the_committed_scale_is_seen_in_the_loss_under_one_setting_at_least():
+    """At the defaults the clip hides it; where it spikes is told, and is another setting."""
+    folder = RunFolder(COMMITTED / "19-injection-A")
+    results = finished(folder)
+    assert results
+    assert results["effect"]["norm_ratio"] == pytest.approx(50, rel=1e-5)
+    assert not results["effect"]["spikes"]
+    spiked = [variant for variant in results["variants"] if variant["effect"]["spikes"]]
+    assert spiked
+    assert f"A spike shows with `{' '.join(spiked[0]['set'])}`" in " ".join(folder.readme.read_text().split())
 
 
 def test_the_justfile_mirrors_the_makefile():

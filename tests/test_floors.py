@@ -15,7 +15,7 @@ FLOORS = [
     ["errors"],
     ["files", "rng", "elementary", "yaml_files", "shorthand"],
     ["_ext", "config"],
-    ["tensors", "schedule", "environment", "hooks"],
+    ["tensors", "schedule", "environment", "hooks", "stability"],
     ["state", "passes", "data"],
     ["model", "optim", "checkpoint", "run_folder", "inject"],
     ["loop", "report", "assembly"],

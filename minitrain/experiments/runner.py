@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from minitrain.experiments import ngram, place, roundtrip, training
+from minitrain.experiments import baseline, injection, ngram, place, roundtrip, training
 from minitrain.experiments.job import Finding, Job, Show, Stopped
 from minitrain.experiments.preset import load
 from minitrain.files import write_json
@@ -33,6 +33,8 @@ class Kind(NamedTuple):
 
 KINDS = {
     "training": Kind(lambda job: job.variants, training.make, resumes=True),
+    "baseline": Kind(lambda job: job.config, baseline.make, resumes=True),
+    "injection": Kind(injection.check, injection.make, resumes=True),
     "ngram": Kind(lambda job: job.config, ngram.make, resumes=True),
     "roundtrip": Kind(roundtrip.check, roundtrip.make, resumes=False),
 }

@@ -74,7 +74,7 @@ def draw(log: Log, baseline_ppl: float, baseline_name: str, title: str, subtitle
         wall = alt.Chart(alt.InlineData(values=[{"step": step}])).mark_rule(strokeWidth=2, color=BROKEN)
         layers.append(wall.encode(x))
         note(f"step {step:,}: {not_finite(line)}", step, alt.value(-10), align=align)  # above the marks
-    return picture.png(layers, title, subtitle, rows)
+    return picture.png([layers], title, subtitle, rows)
 
 
 def _rows(series: str, points: int, steps: Floats, losses: Floats) -> list[dict[str, Any]]:

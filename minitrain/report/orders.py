@@ -23,4 +23,4 @@ def draw(perplexity: Mapping[str, float], best_n: int, title: str, subtitle: str
         bars.mark_bar(width={"band": 0.6}).encode(color=colour),
         bars.mark_text(dy=-9, fontSize=13).encode(text="text:N"),
     ]
-    return picture.png(layers, title, subtitle, rows)
+    return picture.png([layers], title, subtitle, rows)

@@ -12,14 +12,25 @@ MODEL, BASELINE = "#0072B2", "#000000"
 """The model is blue and what it is set against black, in every picture (Okabe and Ito's colours)."""
 
 
-def png(layers: Sequence[alt.Chart], title: str, subtitle: str, rows: Sequence[dict[str, Any]]) -> bytes:
-    """The layers, drawn over each other, as a PNG; ``alt.NamedData("rows")`` in them are ``rows``."""
+def png(
+    panels: Sequence[Sequence[alt.Chart]],
+    title: str,
+    subtitle: str,
+    rows: Sequence[dict[str, Any]],
+    *,
+    height: int = 380,
+) -> bytes:
+    """The panels below each other, each of layers drawn over each other, as a PNG.
+
+    ``alt.NamedData("rows")`` in them are ``rows``.
+    """
     import altair as alt
     import vl_convert
 
+    drawn = [alt.layer(*layers).properties(width=760, height=height) for layers in panels]
     chart = (
-        alt.layer(*layers)
-        .properties(width=760, height=380, title=alt.Title(title, subtitle=subtitle), description=title)
+        (drawn[0] if len(drawn) == 1 else alt.vconcat(*drawn))
+        .properties(title=alt.Title(title, subtitle=subtitle), description=title)
         .configure(font="Helvetica, Arial, sans-serif", padding=16, background="white")
         .configure_view(stroke=None)
         .configure_title(anchor="start", fontSize=17, subtitleFontSize=13, subtitleColor="#555555", offset=10)
