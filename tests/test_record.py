@@ -132,3 +132,26 @@ def test_a_journal_of_another_version(tmp_path):
     writer.close()
     with pytest.raises(RunError, match="expected format_version 1, got 2; use the minitrain version"):
         read_journal(tmp_path / "j")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rng": b"\0" * 63}, "rng of 63 bytes, not 64"),
+        ({"digest_out": b""}, "digest_out of 0 bytes"),
+        ({"digest_in": b"1"}, "digest_in of 1 bytes"),
+        ({"rows": b"1234567"}, "rows of 7 bytes"),
+        ({"loss": "low"}, "numbers of another type"),
+        ({"rng": 5}, "has no len"),
+        ({"step": 4}, "step 4"),
+    ],
+)
+def test_a_forged_journal(whole, tmp_path, change, message):
+    """Frames with the right checksums and the wrong content are refused where they stand."""
+    true = read_journal(whole[0] / "journal.msgpack")
+    writer = JournalWriter(tmp_path / "j")
+    for body in (true.header, *true.steps[:3], true.steps[3] | change):
+        writer.append(body)
+    writer.close()
+    with pytest.raises(RunError, match=rf"j: expected step 3 before byte \d+, got .*{message}"):
+        read_journal(tmp_path / "j")

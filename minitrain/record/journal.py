@@ -195,6 +195,7 @@ def read_journal(path: Path) -> Journal:
             elif "event" in body:
                 journal.events.append(body)
             elif body["step"] == journal.end:
+                _require_step(body, journal.header)
                 journal.steps.append(body)
                 journal.chains.append(chain)
                 journal.ends.append(end)
@@ -218,6 +219,20 @@ def _header(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     if type(start) is not int or start < 0:
         raise ValueError(f"a first step {start!r}")
     return body
+
+
+def _require_step(body: dict[str, Any], header: dict[str, Any]) -> None:
+    """Raises ValueError, KeyError or TypeError unless this is a step of that run: a forger can make checksums."""
+    digests, sites = 24 * len(header["tensors"]), 8 * len(header["sites"])
+    wanted = {"rng": 64, "digest_out": digests, **({"sites": sites} if sites else {})}
+    wanted |= {"digest_in": digests} if body["digest_in"] is not None else {}
+    for name, length in wanted.items():
+        if len(body[name]) != length or type(body[name]) is not bytes:
+            raise ValueError(f"{name} of {len(body[name])} bytes, not {length}")
+    if len(body["rows"]) % 8 or not body["rows"]:
+        raise ValueError(f"rows of {len(body['rows'])} bytes")
+    if not all(type(body[name]) is float for name in SCALARS) or type(body["tokens"]) is not int:
+        raise ValueError("numbers of another type")
 
 
 def _frames(path: Path, data: bytes) -> Iterator[tuple[dict[str, Any], bytes, int]]:
