@@ -66,8 +66,8 @@ def test_roundtrip_of_a_bad_resume(make: Callable[..., Made], monkeypatch: pytes
     """One bit of m lost on the way: the resumed run is another one, results and page say so, and it is a problem."""
     load = trainer.load_checkpoint
 
-    def loses_a_bit(path: Path, params: Any, m: Any, v: Any) -> dict[str, Any]:
-        about = load(path, params, m, v)
+    def loses_a_bit(path: Path, params: Any, m: Any, v: Any, *more: Any) -> dict[str, Any]:
+        about = load(path, params, m, v, *more)
         m.flat.view(np.uint32)[3] ^= 1 << 20
         return about
 
