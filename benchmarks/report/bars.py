@@ -89,8 +89,8 @@ def bars(tree: Tree) -> Iterator[Bar | BitBar]:
     for what, key, form, scale, limit in FORENSICS:
         yield Bar(what, [scale * r[key] for r in looks], form, "≤", limit)
     if looks:
-        ratios = [r["verify_s"] / r["training_s"] for r in looks]
-        yield Bar("`minitrain verify` over the training that it verifies", ratios, "{:.2f}×", "≤", 1)
+        for what, slow, fast in RATIOS:
+            yield Bar(what, [r[slow] / r[fast] for r in looks], "{:.2f}×", "≤", 1)
     heard = tree.get("hooks", {}).get("rounds", [])
     if heard:
         asking = [100 * PASSES * r["fires"]["a pass, nobody listening"] / r["steps"]["nobody"] for r in heard]
@@ -107,6 +107,12 @@ RECORDING = (("free", "keyframes", 5), ("free", "every step", 10), ("pinned", "e
 FORENSICS = (
     ("`minitrain replay RUN --step 500` of 2000 steps", "replay_s", "{:.2f} s", 1, 1.0),
     ("`run.moments(t)`", "moments_s", "{:.2f} ms", 1e3, 5),
+    ("`minitrain replay RUN --nan-bisect`, a number is not finite", "bisect_nan_s", "{:.2f} s", 1, 3.0),
+    ("`minitrain diff A B`", "diff_s", "{:.2f} s", 1, 1.5),
+)
+RATIOS = (
+    ("`minitrain verify RUN` over the training that it verifies", "verify_s", "training_s"),
+    ("`minitrain replay RUN --nan-bisect` where all is finite, over `verify`", "bisect_nothing_s", "verify_s"),
 )
 
 

@@ -44,6 +44,9 @@ def forensics(tree: Tree) -> str:
         "`minitrain replay RUN --step 500`": "replay_s",
         "`minitrain verify RUN`": "verify_s",
         "`minitrain info RUN`": "info_s",
+        "`minitrain replay RUN --nan-bisect`, nothing is wrong": "bisect_nothing_s",
+        "`minitrain replay RUN --nan-bisect --blind`, a parameter became NaN at step 731": "bisect_nan_s",
+        "`minitrain diff A B`, different from step 500 on": "diff_s",
     }
     lines = ["## Looking into a recorded run", "", "| from the shell, nothing pinned | s |", "|---|---|"]
     lines += [f"| {what} | {Figure([r[key] for r in rounds]).show('{:.2f}')} |" for what, key in told.items()]
