@@ -21,8 +21,8 @@ STEERING = (
     *("MINITRAIN_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_"),
     *("TORCH", "XLA_", "JAX_", "NPY_", "PYTHONDONTWRITEBYTECODE"),
 )
-"""Variables of the caller's shell that begin so would hold a side to fewer threads or other kernels, or have our modules,
-which unlike the others' were not compiled at installation, compiled in every process."""
+"""Variables of the caller's shell that begin so would hold a side to fewer threads or other kernels. With the last, our
+modules would be compiled in every process; those of the others were when they were installed."""
 LANES = {"avx512": 16, "avx2": 8, "portable": 4}
 
 
