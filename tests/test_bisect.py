@@ -46,6 +46,7 @@ def base(book: Path) -> list[str]:
 # Random faults
 
 
+@pytest.mark.once
 def test_random_faults_are_localised(tmp_path, record_run, book):
     """One or two of every kind, over tiers, dropout, tied weights, clips: step, verdict, site and element are exact."""
     scores = localising.localise(20, 3, tmp_path, record_run, base(book))

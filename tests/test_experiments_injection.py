@@ -157,6 +157,7 @@ def test_a_run_that_ends_is_not_compared(make: Callable[..., Made]):
     assert "compared: under injection.name=param_nan a run ended" in made.finding.headline
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("stopped_after", [60, 200])
 def test_stopped_and_gone_on_with(make: Callable[..., Made], stopped_after: int):
     """In the run or in its twin: the same command makes what is left, with the same figures."""

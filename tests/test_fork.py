@@ -67,6 +67,7 @@ def same(a: Any, b: Any) -> bool:
 # The parent again
 
 
+@pytest.mark.once
 @settings(max_examples=12, deadline=None)
 @given(
     step=st.integers(0, 29), parent_tier=st.sampled_from(TIERS), tier=st.sampled_from(TIERS), threads=st.integers(1, 3)

@@ -55,6 +55,7 @@ def text(place: Path) -> None:
 # The whole record
 
 
+@pytest.mark.once
 @inside(6)
 @given(
     told=st.lists(injections(), min_size=1, max_size=2), stop=st.integers(1, STEPS - 1), seed=st.integers(0, 2**32 - 1)

@@ -31,6 +31,7 @@ from minitrain.state import State
 from minitrain.tensors import digest
 
 
+@pytest.mark.once
 @settings(max_examples=8, deadline=None)
 @example(stop=63, kind="every_step", sites=False)
 @example(stop=128, kind="every_step", sites=False)

@@ -41,6 +41,7 @@ def sparse(tmp_path_factory, record_run) -> Path:
     return record_run(tmp_path_factory.mktemp("sparse") / "run", "record.moments=keyframes", "model.dropout=0.2")
 
 
+@pytest.mark.once
 @settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),

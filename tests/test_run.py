@@ -265,6 +265,7 @@ def test_own_text(folder):
     assert outcome.metrics.final_loss < 3.8
 
 
+@pytest.mark.once
 def test_reference_backend_trains(folder):
     """The NumPy twins train the same model to nearly the same loss."""
     losses = [
