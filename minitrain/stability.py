@@ -17,6 +17,8 @@ SPIKE = 3.0
 """Standard deviations above the usual that are a spike."""
 CALM = 0.5
 """Standard deviations above the usual that are not worth a word any more."""
+OVERFIT = 0.02
+"""Nats per token by which the validation loss ends above its lowest before that is called overfitting."""
 PATIENCE = 50
 """Steps in which a run is to be over its spike."""
 
@@ -56,11 +58,42 @@ def recovery(series: Series, step: int, frozen: Usual) -> int | None:
     return int(back[0]) + 1 if len(back) else None
 
 
+def spike_steps(series: Series) -> NDArray[np.intp]:
+    """The steps after `WINDOW` whose number is more than `SPIKE` deviations above what was usual before them."""
+    numbers = np.asarray(series, np.float64)
+    if len(numbers) <= WINDOW + 1:
+        return np.empty(0, np.intp)
+    finite = np.isfinite(numbers)
+    windows = np.lib.stride_tricks.sliding_window_view(np.where(finite, numbers, 0.0), WINDOW)[1:-1]
+    there = np.lib.stride_tricks.sliding_window_view(finite, WINDOW)[1:-1]
+    count = np.maximum(there.sum(axis=1), 1)
+    mean = windows.sum(axis=1) / count
+    deviation = np.sqrt((np.where(there, windows - mean[:, np.newaxis], 0.0) ** 2).sum(axis=1) / count)
+    with np.errstate(invalid="ignore"):
+        over = (numbers[WINDOW + 1 :] > mean + SPIKE * deviation) & there.any(axis=1)
+    return np.flatnonzero(over) + WINDOW + 1
+
+
 def spikes(series: Series) -> list[Spike]:
     """Every step after `WINDOW` whose number is a spike, each held against the steps right before it."""
     found = []
-    for step in range(WINDOW + 1, len(series)):
+    for step in spike_steps(series).tolist():
         frozen = usual(series, step)
-        if series[step] > frozen.mean + SPIKE * frozen.deviation:
-            found.append(Spike(step, frozen.sigmas(series[step]), recovery(series, step, frozen)))
+        found.append(Spike(step, frozen.sigmas(series[step]), recovery(series, step, frozen)))
     return found
+
+
+def overfit_onset(steps: Series, train: Series, validation: Series) -> int | None:
+    """The first validation from which on the gap grows faster than the train loss falls; None where it never does.
+
+    ``train`` and ``validation`` are losses at the same ``steps``. The gap is validation minus train, so it grows faster
+    than train falls exactly where validation rises: the onset is where the median of three validations is least, if
+    it ends `OVERFIT` above that (our choice; it agrees with the step of the least validation but for its noise).
+    """
+    losses = np.array([steps, train, validation], np.float64)
+    at, _, level = losses[:, np.isfinite(losses).all(axis=0)]
+    if len(at) < 3:
+        return None
+    smooth = np.median(np.lib.stride_tricks.sliding_window_view(level, 3), axis=1)
+    least = int(np.argmin(smooth))
+    return int(at[least + 1]) if smooth[-1] > smooth[least] + OVERFIT else None
