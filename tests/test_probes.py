@@ -33,7 +33,7 @@ def tensors(draw):
 
 @given(tensors())
 def test_statistics_are_those_of_numpy(x):
-    """Counts and extremes exactly; sums over the finite to 1e-12 of the sum of their absolute terms, to 4e-6 of float32.
+    """Counts and extremes exactly; sums over the finite to 1e-12 of the sum of their absolute terms, float32 to 4e-6.
 
     That is 64 roundings of float32. Where mean and spread say so, or something is not finite, float32 is as exact.
     """

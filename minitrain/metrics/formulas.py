@@ -28,8 +28,8 @@ def spectral_norm(weight: Floats, vector: Floats, iterations: int = 50) -> tuple
     """Largest singular value of ``weight`` (out, in), and the vector (in,) to go on from.
 
     Power iteration on W^T W: v <- W^T W v / |W^T W v|, sigma = |W v| (von Mises & Pollaczek-Geiringer 1929; with the
-    vector kept between steps as in Miyato et al. 2018, "Spectral normalization"), until it has `SETTLED` or has taken so
-    many ``iterations``. From below: the norm is at least this. NaN where an element is not finite, 0 for zeros.
+    vector kept between steps as in Miyato et al. 2018, "Spectral normalization"), until it has `SETTLED` or taken
+    that many ``iterations``. From below: the norm is at least this. NaN where an element is not finite, 0 for zeros.
     """
     w = weight.astype(np.float64)
     v = np.asarray(vector, np.float64)
