@@ -7,7 +7,6 @@ are the same with it and without.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from minitrain.metrics import formulas
 from minitrain.metrics.classes import ClassLosses, probe_of
 from minitrain.metrics.composition import Composition
 from minitrain.metrics.store import MetricsWriter
-from minitrain.metrics.table import MetricsLayout
+from minitrain.metrics.table import VECTORS, MetricsLayout
 from minitrain.record.layout import BLOCK
 from minitrain.run_folder import RunFolder
 from minitrain.stability import WINDOW, spike_steps
@@ -47,22 +46,31 @@ class Meter(Listener):
         self._probes = [hooks.probe(pattern, self._every) for pattern in _patterns(sites)]
         self._handles = [*self._probes, hooks.listen(self._attention, "block.*.attn.probs", self._slow)]
         self._before = np.empty_like(params.flat)
-        self._vectors = {name: formulas.first_vector(params[name].shape[1]) for name in self._layout.labels["matrix"]}
+        self._vectors = self._first_vectors()
         self._heads: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
         self._batch: Batch | None = None
         self._composition = Composition(data, config.model.vocab_size, self._rows_before(step))
         self._dead = [np.ones(config.model.d_ff, np.bool_) for _ in range(config.model.n_layer)]
         self._train = probe_of(data.train, config.metrics.probe)
         self._classes = [ClassLosses(split, data.tokenizer) for split in (self._train, data.val)]
-        self._losses: list[float] = []
-        self._told: dict[str, Any] = {}
-        self._last: dict[str, Any] = {}
+        self._losses = [line["loss"] for line in folder.log_lines() if "loss" in line and line["step"] < step]
+        self._spikes = 0
+        self._new_spikes()
 
     def _rows_before(self, step: int) -> NDArray[np.int64]:
         """The rows of the batch before this step; none before the first."""
         if step == 0:
             return np.full(self._config.training.batch_size, -1, np.int64)
         return self._parts.batches.rows_at(step - 1)
+
+    def _first_vectors(self) -> dict[str, NDArray[np.float64]]:
+        """Where power iteration begins: where it stood before this process, if it did."""
+        widths = self._layout.widths
+        stored = self._writer.last.get(VECTORS)
+        if stored is None or not np.isfinite(stored).all():
+            return {name: formulas.first_vector(width) for name, width in widths.items()}
+        parts = np.split(stored, np.cumsum(list(widths.values()))[:-1])
+        return dict(zip(widths, parts, strict=True))
 
     # The step
 
@@ -100,7 +108,7 @@ class Meter(Listener):
             "grad_activation_ratio": [_ratio(told.get(f"grad:{s}"), told[s]) for s in sites],
             "update_ratio": update,
         }
-        self._append("measured_step", row)
+        self._writer.append("measured_step", row)
 
     def _examine(self, state: State) -> None:
         """What costs more: every head, every matrix."""
@@ -110,7 +118,8 @@ class Meter(Listener):
             norms.append(norm)
         entropy, peak = zip(*self._heads, strict=True)
         self._heads.clear()
-        self._append("examined_step", {"attention_entropy": entropy, "attention_peak": peak, "spectral_norm": norms})
+        row = {"attention_entropy": entropy, "attention_peak": peak, "spectral_norm": norms}
+        self._writer.append("examined_step", row | {VECTORS: np.concatenate(list(self._vectors.values()))})
 
     # Validation
 
@@ -127,9 +136,8 @@ class Meter(Listener):
             dead[:] = True
         self._evaluate_probe()
         losses = [split.means() for split in self._classes]
-        self._append("val_step", {"dead_units": shares, "class_loss": losses})
-        self._last["spikes"] = self._new_spikes()
-        self._told, self._last = self._last, {}
+        self._writer.append("val_step", {"dead_units": shares, "class_loss": losses})
+        self._spikes = self._new_spikes()
 
     def _evaluate_probe(self) -> None:
         """The training sentences of the probe, run like the validation."""
@@ -149,15 +157,11 @@ class Meter(Listener):
         self._losses = self._losses[-WINDOW - 1 :]
         return found
 
-    def _append(self, cadence: str, row: Mapping[str, Any]) -> None:
-        self._writer.append(cadence, row)
-        self._last |= {name: row[name] for name in _SUMMARY if name in row}
-
     def summary(self) -> dict[str, float]:
-        """What the log says of the last validation and the measurements before it, as far as it is finite."""
-        told = {short: f(np.asarray(self._told[name])) for name, (short, f) in _SUMMARY.items() if name in self._told}
-        told["spikes"] = self._told.get("spikes", 0)
-        return {name: round(float(x), 6) for name, x in told.items() if np.isfinite(x)}
+        """What the log says of the last validation and the newest measurements, as far as it is finite."""
+        last = self._writer.last
+        told = {short: f(np.asarray(last[name])) for name, (short, f) in _SUMMARY.items() if name in last}
+        return {**{name: round(float(x), 6) for name, x in told.items() if np.isfinite(x)}, "spikes": self._spikes}
 
     def _compose(self) -> None:
         for row in self._composition.rows():

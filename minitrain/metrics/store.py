@@ -53,16 +53,20 @@ class MetricsWriter:
             if cadence in arrays:
                 write_chunk(folder.metrics, arrays[cadence], 0, np.array(layout.steps[cadence]))
         self._writers = {}
+        self.last: dict[str, Any] = {}
+        """The newest row of each array, of those that are there already."""
         for cadence in CADENCES:
             rows = known.get(cadence, [])
+            self.last |= rows[-1] if rows else {}
             block = len(rows) // BLOCK
             self._writers[cadence] = BlockWriter(folder.metrics, layout.of(cadence), block)
             for row in rows[block * BLOCK :]:
                 self._writers[cadence].append(row)
 
     def append(self, cadence: str, row: Mapping[str, Any]) -> None:
-        """The next row of this cadence, with a value for each of its metrics. Raises OSError."""
+        """The next row of this cadence, with a value for each of its arrays. Raises OSError."""
         self._writers[cadence].append(row)
+        self.last |= row
 
     def flush(self) -> None:
         """Write what there is. Raises OSError."""
@@ -82,7 +86,7 @@ def _rows_before(folder: RunFolder, layout: MetricsLayout, step: int) -> dict[st
 
 def _values(folder: RunFolder, spec: ArraySpec, rows: int) -> NDArray[Any]:
     """(rows, ...) of an array in blocks, NaN where no block stands."""
-    values = np.full((rows, *spec.shape), np.nan, np.float32)
+    values = np.full((rows, *spec.shape), np.nan, spec.dtype)
     if not (folder.metrics / spec.name).is_dir():
         return values
     for block, _ in shards(folder.metrics, spec):

@@ -13,6 +13,8 @@ from minitrain.tensors import activation_table, parameter_table
 
 FORMAT = "minitrain-metrics"
 FORMAT_VERSION = 1
+VECTORS = "spectral_vector"
+"""No metric, but what the next measurement of one goes on from, in this process or another."""
 SPLITS, CLASSES, SCOPES = ("train", "validation"), ("regular", "irregular"), ("verb form", "sentence")
 
 
@@ -68,7 +70,7 @@ class MetricsLayout:
         return {
             "site": tuple(activations(self.config)),
             "tensor": tuple(p.name for p in table),
-            "matrix": tuple(p.name for p in table if p.decays),
+            "matrix": tuple(self.widths),
             "layer": tuple(f"block.{i}" for i in range(c.n_layer)),
             "head": tuple(str(i) for i in range(c.n_head)),
             "split": SPLITS,
@@ -111,7 +113,16 @@ class MetricsLayout:
             for m in METRICS
             if len(self.steps[m.cadence])
         ]
+        if self.steps["examined_step"]:
+            about = {"long_name": "where power iteration stands, matrix after matrix", "units": "1"}
+            width = sum(self.widths.values())
+            specs.append(ArraySpec(VECTORS, "<f8", "blocks", ("examined_step", "component"), (width,), about))
         return {spec.name: spec for spec in specs}
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """The second length of each matrix: that of its vector in power iteration."""
+        return {p.name: p.shape[1] for p in parameter_table(self.config.model) if p.decays}
 
     def of(self, cadence: str) -> list[ArraySpec]:
         """The metrics of this cadence."""
