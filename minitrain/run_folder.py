@@ -10,6 +10,7 @@ models/               the final parameters
 results.json          perplexities against the baseline, time, memory
 loss_curve.png        train and validation loss, the n-gram baseline dashed
 README.md             the run told in words
+dashboard.html        everything that was measured, as one page to look into
 journal.msgpack       what every step read and left, a frame a step; stands behind all the rest of the record
 record.zarr/          the same and the moments of every step as arrays, and whole states now and then (FORMAT.md)
 incidents/            whole states at the moment when something was found to be wrong
@@ -57,6 +58,7 @@ class RunFolder:
         self.results = path / "results.json"
         self.curve = path / "loss_curve.png"
         self.readme = path / "README.md"
+        self.dashboard = path / "dashboard.html"
         self.complete = path / "COMPLETE"
         self.journal = path / "journal.msgpack"
         self.record = path / "record.zarr"

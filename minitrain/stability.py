@@ -19,6 +19,8 @@ CALM = 0.5
 """Standard deviations above the usual that are not worth a word any more."""
 PATIENCE = 50
 """Steps in which a run is to be over its spike."""
+WORSE = 0.02
+"""Of the lowest validation loss: how far above it is no longer noise."""
 
 
 class Usual(NamedTuple):
@@ -59,8 +61,43 @@ def recovery(series: Series, step: int, frozen: Usual) -> int | None:
 def spikes(series: Series) -> list[Spike]:
     """Every step after `WINDOW` whose number is a spike, each held against the steps right before it."""
     found = []
-    for step in range(WINDOW + 1, len(series)):
+    for step in _perhaps(np.asarray(series, np.float64)):
         frozen = usual(series, step)
         if series[step] > frozen.mean + SPIKE * frozen.deviation:
             found.append(Spike(step, frozen.sigmas(series[step]), recovery(series, step, frozen)))
     return found
+
+
+def _perhaps(values: NDArray[np.float64]) -> list[int]:
+    """The steps that may be spikes and a few more: of 100,000 steps, all but some hundred are ruled out at once."""
+    if len(values) <= WINDOW + 1:
+        return []
+    finite = np.isfinite(values)
+    before = np.lib.stride_tricks.sliding_window_view(np.where(finite, values, 0.0), WINDOW)[1:-1]
+    count = np.lib.stride_tricks.sliding_window_view(finite, WINDOW)[1:-1].sum(1)
+    with np.errstate(all="ignore"):
+        mean = before.sum(1) / count
+        deviation = np.sqrt(np.maximum((before**2).sum(1) / count - mean**2, 0.0))
+        doubt = 1e-3 * deviation + 1e-6 * np.abs(mean)  # this is rounded otherwise than the mean that decides
+        ruled_out = values[WINDOW + 1 :] <= mean + SPIKE * deviation - doubt
+    return [int(i) + WINDOW + 1 for i in np.flatnonzero(~ruled_out & ~np.isnan(values[WINDOW + 1 :]))]
+
+
+def overfit_onset(steps: Series, val: Series, train: Series) -> int | None:
+    """The validation step from which on validation only gets worse while training gets better; None where it does not.
+
+    ``val`` and ``train`` are losses at the same steps. The gap between them grows from the start; overfitting begins
+    where it grows more than training falls, that is, at the last step to which validation does not come back. It is
+    said only if the last third behind it averages more than `WORSE` above it and training has fallen meanwhile.
+    """
+    at, losses, trained = (np.asarray(x, np.float64) for x in (steps, val, train))
+    known = np.isfinite(losses) & np.isfinite(trained)
+    at, losses, trained = at[known], losses[known], trained[known]
+    if len(at) < 3:
+        return None
+    lowest = len(losses) - 1 - int(losses[::-1].argmin())
+    behind = losses[lowest + 1 :]
+    if len(behind) < 2 or trained[-1] >= trained[lowest]:
+        return None
+    last = behind[-max(1, len(behind) // 3) :]
+    return int(at[lowest]) if last.mean() > losses[lowest] * (1 + WORSE) else None
