@@ -103,10 +103,14 @@ def lanes(browser: Any, what: str) -> dict[str, Any]:
 
 def settled(browser: Any) -> None:
     """Every lane has drawn what was asked of it last."""
-    browser.execute_async_script(
-        "const done = arguments[0]; minitrain.lanes.forEach(l => { l.near = true; });"
-        "requestAnimationFrame(async () => { for (const l of minitrain.lanes) if (l.dirty) { l.dirty = false; await l.show(); } done(); });"
-    )
+    browser.execute_async_script("""
+        const done = arguments[0];
+        for (const lane of minitrain.lanes) lane.near = true;
+        requestAnimationFrame(async () => {
+          for (const lane of minitrain.lanes) if (lane.dirty) { lane.dirty = false; await lane.show(); }
+          done();
+        });
+    """)
 
 
 def drag(browser: Any, element: Any, start: float, end: float) -> None:
@@ -242,10 +246,10 @@ def test_copy_fills_the_clipboard(show, run):
 def test_copy_works_where_the_clipboard_is_refused(show, run):
     """As in pages from disk elsewhere: the old way takes its place."""
     browser = show(run, name="healthy", address="#step=7")
-    browser.execute_script(
-        "navigator.clipboard.writeText = () => Promise.reject(new Error('refused'));"
-        "document.addEventListener('copy', () => { window.copiedText = String(getSelection()) || document.activeElement.value; });"
-    )
+    browser.execute_script("""
+        navigator.clipboard.writeText = () => Promise.reject(new Error("refused"));
+        document.addEventListener("copy", () => { window.copiedText = document.activeElement.value; });
+    """)
     browser.find_element("id", "copy").click()
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -312,7 +316,7 @@ def test_light_and_dark(show, run, theme):
 
 @pytest.mark.parametrize("width", [400, 640])
 def test_narrow(show, run, width):
-    """A telephone, or a window at 200 % zoom: nothing stands out on the right, every picture is drawn as wide as fits."""
+    """A telephone, or a window at 200 % zoom: nothing stands out on the right, pictures are as wide as fits."""
     browser = show(run, name="healthy")
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)

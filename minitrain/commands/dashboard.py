@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 def command(run: Path, other: Path | None, text: bool, out: Path | None, as_json: bool) -> None:
     """Write dashboard.html of RUN anew, or a page with a second run laid over it.
 
-    The page opens from disk in any browser and asks the network for nothing. Each panel says in a sentence what its data
-    show; drag to zoom, click a step for the command that replays it. A run that crashed, or is at work, has a page too.
+    The page opens from disk in any browser and asks the network for nothing. Each panel says in a sentence what its
+    data show; drag to zoom, click a step for the command that replays it. A run that crashed, or is at work, has a
+    page too.
 
     \b
     minitrain dashboard runs/a

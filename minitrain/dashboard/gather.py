@@ -1,4 +1,4 @@
-"""What the page tells of, gathered from the files of a run. What is missing becomes a note on the page, not an error."""
+"""What the page tells of, gathered from the files of a run. What is missing becomes a note, not an error."""
 
 from __future__ import annotations
 
@@ -148,10 +148,11 @@ class RunData:
         found += [Mark(line["step"], "broken", f"not finite: {not_finite(line)}") for line in self.log.broken[:1]]
         if parent := self.manifest.get("parent"):
             found.append(Mark(int(parent["step"]), "forked", f"forked from {parent['run']}"))
-        if self.best:
-            found.append(Mark(self.best[0], "best", f"lowest validation loss {self.best[1]:.3f}"))
-        if self.onset is not None:
-            found.append(Mark(self.onset, "onset", "overfitting begins"))
+        lowest = f"lowest validation loss {self.best[1]:.3f}" if self.best else ""
+        if self.onset is not None and self.best and self.best[0] == self.onset:
+            found.append(Mark(self.onset, "onset", f"{lowest}, overfitting begins"))
+        elif self.best:
+            found.append(Mark(self.best[0], "best", lowest))
         return sorted(found)
 
 

@@ -66,6 +66,8 @@ class Lane:
     """What is missing, where there is nothing to draw."""
     format: str = "~g"
     zero: bool = False
+    reach: float | None = None
+    """A value that is always in sight."""
     help: str = ""
     """How it is measured."""
 

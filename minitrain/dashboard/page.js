@@ -76,9 +76,11 @@
       const spec = structuredClone(this.spec), rows = rowsOf(this);
       spec.datasets = { rows, marks: page.marks.filter(inSight(this)), spikes: page.spikes.filter(inSight(this)), levels: levelsOf(this, rows) };
       for (const param of spec.params) param.value = { lo: this.lo(), hi: this.hi(), lit: [...this.lit] }[param.name];
-      if (this.log !== this.logAtFirst) setLog(spec, this.log);
-      this.view = (await vegaEmbed(this.vis, spec, { renderer: "svg", actions: false, tooltip: false })).view;
+      if (this.log !== this.logAtFirst) setLog(spec, this.log, this.zero);
+      this.view = (await vegaEmbed(this.vis, spec, { renderer: "svg", actions: false, tooltip: false, logLevel: 1 })).view;
       const svg = this.vis.querySelector("svg");
+      svg.setAttribute("role", "graphics-document document");
+      svg.setAttribute("aria-label", this.description);
       svg.prepend(svgText("title", this.title), svgText("desc", this.description));
       this.place();
     },
@@ -104,7 +106,8 @@
     place() {
       if (!this.view) return;
       this.put(this.chosen, sight.step);
-      if (this.overview) this.put(this.window, sight.lo, sight.hi);
+      if (this.overview && (sight.lo > whole[0] || sight.hi < whole[1])) this.put(this.window, sight.lo, sight.hi);
+      else if (this.overview) this.window.style.display = "none";
     },
   };
   const svgText = (tag, text) => {
@@ -112,11 +115,11 @@
     element.textContent = text;
     return element;
   };
-  function setLog(node, log) {
-    if (Array.isArray(node)) node.forEach((part) => setLog(part, log));
+  function setLog(node, log, zero) {
+    if (Array.isArray(node)) node.forEach((part) => setLog(part, log, zero));
     else if (node && typeof node === "object") {
-      for (const key of ["y", "y2"]) if (node[key]?.scale) node[key].scale.type = log ? "log" : "linear";
-      Object.values(node).forEach((part) => setLog(part, log));
+      if (node.y?.scale) node.y.scale = log ? { type: "log", padding: 4 } : { type: "linear", nice: true, ...(zero ? { domainMin: 0 } : { zero: false }) };
+      Object.values(node).forEach((part) => setLog(part, log, zero));
     }
   }
 

@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
+from functools import cache
 from html import escape
 from importlib import resources
 from string import Template
@@ -36,8 +37,6 @@ SAMPLES = 400_000
 
 def page(runs: Sequence[RunData]) -> str:
     """The page of one run, or of two."""
-    from vl_convert import javascript_bundle
-
     drawn = panels(runs)
     strip = overview(runs)
     lanes = [strip, *(lane for panel in drawn for lane in panel.lanes if lane.drawn)]
@@ -53,11 +52,18 @@ def page(runs: Sequence[RunData]) -> str:
         panels="\n".join(_section(panel, runs) for panel in drawn),
         footer=_footer(),
         data=embedded(_data(runs) | {"lanes": told}),
-        bundle=javascript_bundle(BUNDLE, vl_version=vega_lite_version())
-        .replace("</script", "<\\/script")
-        .replace("<!--", "<\\!--"),
+        bundle=bundle(),
         script=_file("numbers.js") + _file("page.js"),
     )
+
+
+@cache
+def bundle() -> str:
+    """The plotting library, as it may stand in a script element. Putting it together takes a second."""
+    from vl_convert import javascript_bundle
+
+    code = javascript_bundle(BUNDLE, vl_version=vega_lite_version())
+    return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def embedded(value: Any) -> str:
@@ -80,7 +86,9 @@ def _lane_json(lane: Lane, description: str) -> dict[str, Any]:
         "title": lane.title,
         "description": description,
         "log": lane.log,
-        "levels": [{"value": value, "text": text} for value, text in lane.references],
+        "zero": lane.zero,
+        "levels": [{"value": value, "text": text} for value, text in lane.references]
+        + ([{"value": lane.reach, "text": ""}] if lane.reach else []),
         "lines": [line_json(line) for line in lane.lines],
         "spec": specification(lane, description, overview=lane.id == "overview"),
     }
@@ -113,7 +121,11 @@ def _data(runs: Sequence[RunData]) -> dict[str, Any]:
             for mark in run.marks
         ],
         "spikes": [
-            {"step": spike.step, "sigmas": round(spike.sigmas, 1) if math.isfinite(spike.sigmas) else None}
+            {
+                "step": spike.step,
+                "sigmas": round(spike.sigmas, 1) if math.isfinite(spike.sigmas) else None,
+                "value": finite(run.log.loss[np.searchsorted(run.log.step, spike.step)]),
+            }
             for run in runs
             for spike in run.spikes
         ],
@@ -122,6 +134,11 @@ def _data(runs: Sequence[RunData]) -> dict[str, Any]:
         "unrecorded": "this step was not recorded, so it cannot be replayed",
         "batches": _batches(first) if len(runs) == 1 else None,
     }
+
+
+def finite(x: float) -> float | None:
+    """JSON has no NaN."""
+    return float(x) if math.isfinite(x) else None
 
 
 def replay_command(run: RunData) -> str:
@@ -204,10 +221,12 @@ def swatch(line: Line) -> str:
     if line.stems:
         shape = f'<path d="M8 2 L12 9 L4 9 Z" fill="{line.colour}"/>'
     else:
-        shape = f'<line x1="0" x2="26" y1="6" y2="6" stroke="{line.colour}" stroke-width="{line.width}"{dash}/>'
+        shape = (
+            f'<line x1="0" x2="26" y1="6" y2="6" stroke="{line.colour}" stroke-width="{max(line.width, 1.2)}"{dash}/>'
+        )
         if line.points:
             shape += f'<circle cx="13" cy="6" r="2.6" fill="{line.colour}"/>'
-    return f'<svg width="26" height="12" aria-hidden="true" opacity="{line.opacity}">{shape}</svg>'
+    return f'<svg width="26" height="12" aria-hidden="true" opacity="{max(line.opacity, 0.6)}">{shape}</svg>'
 
 
 def _entry(line: Line) -> str:

@@ -49,8 +49,8 @@ def panels(runs: Runs) -> list[Panel]:
             "Loss, train and validation",
             "Does it learn, and does what it learns carry over to text it has not seen?",
             _read(runs, readings.loss),
-            "no warm-up: a spike in the first 100 steps; a broken mask: train far under the baseline early; overfitting: "
-            "the curves part",
+            "no warm-up: a spike in the first 100 steps; a broken mask: train far under the baseline early; "
+            "overfitting: the curves part",
             [_losses(runs)],
         ),
         Panel(
@@ -77,7 +77,8 @@ def panels(runs: Runs) -> list[Panel]:
             "Activation magnitude per layer",
             "Do the activations keep their size from layer to layer and over time?",
             _read(runs, readings.activations),
-            "a bad initialisation: the first layer at 50 to 200 × of healthy from step 0; attention that collapses: entropy to 0",
+            "a bad initialisation: the first layer at 50 to 200 × of healthy from step 0; attention that collapses: "
+            "its entropy goes to 0",
             [_activations(runs), _attention(runs)],
         ),
         Panel(
@@ -95,7 +96,8 @@ def panels(runs: Runs) -> list[Panel]:
             "Dead units and update/weight ratio",
             "Is every part of the network alive, and does it learn at a sensible pace?",
             _read(runs, readings.units),
-            "a dead layer; parameters that are frozen (ratio near 0) or too fast (over 0.1); gradients that fade with depth",
+            "a dead layer; parameters that are frozen (ratio near 0) or too fast (over 0.1); gradients that fade with "
+            "depth",
             [_dead(runs), _updates(runs), _ratios(runs)],
         ),
         Panel(
@@ -141,7 +143,14 @@ def overview(runs: Runs) -> Lane:
     def lines(run: RunData) -> list[Line]:
         return [Line("train loss", run.log.step, run.log.loss, SKY, width=1.0, most=1000)]
 
-    return Lane("overview", "Steps in sight", "", _named(runs, lines), height=44)
+    found = _named(runs, lines)
+    return Lane("overview", "Steps in sight", "", found, height=36, log=_positive(found))
+
+
+def _positive(lines: Sequence[Line]) -> bool:
+    """Whether these lines have a logarithm."""
+    values = np.concatenate([line.values[np.isfinite(line.values)] for line in lines])
+    return bool(len(values) and values.min() > 0)
 
 
 def _losses(runs: Runs) -> Lane:
@@ -157,13 +166,12 @@ def _losses(runs: Runs) -> Lane:
         if math.isfinite(run.baseline_ppl)
     }
     found = _named(runs, lines)
-    values = np.concatenate([line.values[np.isfinite(line.values)] for line in found])
     return Lane(
         "loss",
         "Loss",
         "nats per token",
         found,
-        log=bool(len(values) and values.min() > 0),
+        log=_positive(found),
         height=300,
         references=list(levels.items()),
         empty="No step has a finite loss.",
@@ -203,13 +211,12 @@ def _norms(runs: Runs) -> Lane:
 
     clips = {run.config.optimizer.clip for run in runs} - {None}
     found = _named(runs, lines)
-    values = np.concatenate([line.values[np.isfinite(line.values)] for line in found])
     return Lane(
         "norm",
         "Gradient norm",
         "",
         found,
-        log=bool(len(values) and values.min() > 0),
+        log=_positive(found),
         height=220,
         references=[(float(clip), f"clip {clip:g}") for clip in clips if clip],
         empty="No step has a finite gradient norm.",
@@ -293,13 +300,16 @@ def styled(names: Sequence[str]) -> dict[str, tuple[str, tuple[int, ...], float]
     """Colour, dash and width of each name: what it is has a colour, the layer that it is of a dash."""
     kinds: dict[str, int] = {}
     dashes: dict[str, int] = {}
-    styles = {}
+    styles: dict[str, tuple[str, tuple[int, ...], float]] = {}
     for name in names:
         layer = re.search(r"(?:block|layer)[. ](\d+)", name)
         kind = re.sub(r"(?:block|layer)[. ]\d+[. ]?", "", name)
         colour = kinds.setdefault(kind, len(kinds))
         dash = dashes.setdefault(layer[1], len(dashes)) if layer else colour // len(COLOURS)
-        styles[name] = (COLOURS[colour % len(COLOURS)], DASHES[dash % len(DASHES)], 1.7)
+        while (style := (COLOURS[colour % len(COLOURS)], DASHES[dash % len(DASHES)], 1.7)) in styles.values():
+            dash += 1
+            colour += dash % len(DASHES) == 0
+        styles[name] = style
     return styles
 
 
@@ -398,6 +408,7 @@ def _dead(runs: Runs) -> Lane:
         of,
         id="dead",
         title="Dead FFN units",
+        reach=0.05,
         unit="share of the layer",
         height=110,
         zero=True,

@@ -241,7 +241,8 @@ def _attention(run: RunData) -> list[str]:
         return []
     row = flat[rows[-1]]
     layer, head = np.unravel_index(int(np.nanargmin(row)), series.values.shape[1:])
-    text = f"sharpest attention is layer {series.labels[0][layer]} head {series.labels[1][head]}: {short(np.nanmin(row))} nats"
+    which = f"layer {series.labels[0][layer]} head {series.labels[1][head]}"
+    text = f"sharpest attention is {which}: {short(float(np.nanmin(row)))} nats"
     peak = run.metrics.get("attention_peak")
     if peak is not None and peak.values.shape == series.values.shape:
         text += f", largest weight {short(float(peak.values[rows[-1], layer, head]))}"
@@ -266,6 +267,8 @@ def spectral(run: RunData) -> str:
     names, values = list(series.labels[0]), series.values.astype(np.float64)
     first, last = first_last(values)
     big = int(np.nanargmax(last))
+    if last[big] == 0:
+        return f"All {len(names)} matrices have norm 0 at the end: the weights have collapsed."
     parts = [f"The largest at the end is {names[big]} with {short(last[big])}"]
     with np.errstate(divide="ignore", invalid="ignore"):
         growth = np.where(first > 0, last / first, np.nan)
@@ -317,9 +320,8 @@ def _dead(series: Series | None) -> str:
     worst = int(np.nanargmax(last))
     if not last[worst] > 0:
         ever = float(np.nanmax(series.values))
-        return f"No FFN unit is dead at step {step:,}" + (
-            f" (at most {percent(ever)} of a layer were)" if ever > 0 else ""
-        )
+        before_that = f" (at most {percent(ever)} of a layer were)" if ever > 0 else ""
+        return f"No FFN unit is dead at step {step:,}{before_that}"
     whole = "the layer is dead" if last[worst] == 1 else f"{percent(float(last[worst]))} of its FFN units are dead"
     return f"Layer {series.labels[0][worst]}: {whole} at step {step:,}"
 
