@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from minitrain.dashboard import readings
 from minitrain.dashboard.checks import CHECKS, checks, verdict
-from minitrain.dashboard.gather import RunData, running_mean
+from minitrain.dashboard.gather import RunData
+from minitrain.dashboard.lanes import running_mean
 from minitrain.dashboard.panels import panels
 from minitrain.dashboard.selection import telling
 from minitrain.dashboard.terminal import BLOCKS, sparkline, summary

@@ -23,9 +23,11 @@ from hypothesis.extra import numpy as arrays
 from minitrain.cli import main
 from minitrain.dashboard.gather import RunData
 from minitrain.dashboard.header import first_difference
-from minitrain.dashboard.lanes import Line, line_json, packed_steps
+from minitrain.dashboard.lanes import Line, line_json, means_settled, packed_steps, running_mean
 from minitrain.dashboard.page import bundle, embedded, page, replay_command
-from minitrain.dashboard.panels import overview, panels, styled
+from minitrain.dashboard.panels import panels
+from minitrain.dashboard.pictures import overview
+from minitrain.dashboard.selection import styled
 from minitrain.dashboard.specs import specification
 from minitrain.record.journal import Journal, read_journal
 from minitrain.run_folder import RunFolder
@@ -143,6 +145,16 @@ def test_a_thinned_line_keeps_extremes_and_gaps(values, most):
     assert all(x in found for x in ((finite.min(), finite.max()) if len(finite) else ()))
     assert np.isfinite(found).all() == (len(finite) == len(values))
     assert len(found) <= max(len(values) if len(values) <= most else 0, 3 * most // 2 + 2)
+
+
+def test_a_running_mean_is_of_every_step():
+    """Where the line under it is thinned, it is computed before that; a mean of extremes would lie too high."""
+    rare = np.random.default_rng(0).beta(2, 40, 20_000)
+    each, mean = Line("each", np.arange(20_000), rare, most=4000), Line("mean", rare[:0], rare[:0], mean_of="each")
+    settled = line_json(means_settled([each, mean], 501)[1])
+    assert abs(numbers(settled)[100:-100] - rare.mean()).max() < 0.01
+    np.testing.assert_allclose(numbers(settled).max(), running_mean(rare, 501).max(), rtol=1e-6)
+    assert line_json(means_settled([Line("each", rare[:9], rare[:9]), mean], 501)[1])["mean_of"] == "each"
 
 
 def test_even_steps_are_three_numbers():

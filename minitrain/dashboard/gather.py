@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minitrain.config import Config
+from minitrain.dashboard.lanes import running_mean
 from minitrain.data.manifest import data_hash
 from minitrain.data.reading import is_plain_text, load_any
 from minitrain.errors import DataError, MinitrainError
@@ -154,17 +155,6 @@ class RunData:
         elif self.best:
             found.append(Mark(self.best[0], "best", lowest))
         return sorted(found)
-
-
-def running_mean(values: Floats, window: int) -> Floats:
-    """The mean of what is finite in the window around each value, narrower at the ends; NaN where the value is."""
-    half, n = window // 2, len(values)
-    finite = np.isfinite(values)
-    total, count = (np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(finite, values, 0.0), finite))
-    at = np.arange(n)
-    low, high = np.maximum(at - np.minimum(half, at), 0), np.minimum(at + np.minimum(half, at) + 1, n)
-    number = np.maximum(count[high] - count[low], 1)
-    return np.where(finite, (total[high] - total[low]) / number, np.nan)
 
 
 def _event_mark(event: Mapping[str, Any]) -> Mark:

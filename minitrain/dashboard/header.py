@@ -12,9 +12,9 @@ import numpy as np
 from minitrain.config import Config, differing_keys
 from minitrain.dashboard.checks import Check, checks, verdict
 from minitrain.dashboard.gather import ENDED, RunData
+from minitrain.dashboard.lanes import letters
 from minitrain.report.words import count, number
 
-LETTERS = "AB"
 MARK_COLOURS = {
     "injection": "var(--red)",
     "alert": "var(--pink)",
@@ -30,7 +30,7 @@ def header(runs: Sequence[RunData]) -> str:
     parts = [f"<header><h1>{escape(' against '.join(run.name for run in runs))}</h1>"]
     if len(runs) == 2:
         parts.append(_difference(*runs))
-    for letter, run in zip(LETTERS if len(runs) > 1 else [""], runs, strict=False):
+    for letter, run in zip(letters(runs), runs, strict=True):
         parts.append(_run(f"<b>{letter}</b> " if letter else "", run))
     return "".join(parts) + "</header>"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ BLUE, SKY, RED, GREEN, PINK, AMBER, INK = "#0072B2", "#56B4E9", "#D55E00", "#009
 """Okabe and Ito's colours; the style sheet has lighter ones of each for the dark."""
 COLOURS = (BLUE, RED, GREEN, PINK, AMBER, SKY, INK)
 DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2), (8, 3, 2, 3), (1, 3))
+LETTERS = "AB"
+"""Of two runs laid over each other."""
 WHOLE = 100_000
 """Points of a line that is never thinned where this can be helped."""
 MOST = 4000
@@ -46,6 +48,8 @@ class Line:
     """Drawn as points alone, for what happens now and then."""
     mean_of: str = ""
     """The line of which this is the running mean; the page computes it, for its window can be changed there."""
+    pair: tuple[str, str] | None = None
+    """Colours of this line in run A and run B, where a lane has so few lines that the colour can tell the run."""
     spread: NDArray[Any] | None = None
     """Half the height of a band around the line."""
 
@@ -89,6 +93,35 @@ class Panel:
     broken: str
     """What it looks like when something is wrong."""
     lanes: Sequence[Lane] = field(default_factory=tuple)
+
+
+def letters(runs: Sequence[object]) -> list[str]:
+    """What two runs are called; one has no letter."""
+    return list(LETTERS) if len(runs) > 1 else [""]
+
+
+def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """The mean of what is finite in the window around each value, narrower at the ends; NaN where the value is."""
+    half, n = window // 2, len(values)
+    finite = np.isfinite(values)
+    total, count = (np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(finite, values, 0.0), finite))
+    at = np.arange(n)
+    low, high = np.maximum(at - np.minimum(half, at), 0), np.minimum(at + np.minimum(half, at) + 1, n)
+    number = np.maximum(count[high] - count[low], 1)
+    return np.where(finite, (total[high] - total[low]) / number, np.nan)
+
+
+def means_settled(lines: Sequence[Line], window: int) -> list[Line]:
+    """Running means of lines that will be thinned, computed before: a mean of extremes would be another number."""
+    sources = {line.name: line for line in lines}
+    settled = []
+    for line in lines:
+        source = sources.get(line.mean_of)
+        if source is not None and len(source.values) > source.most:
+            values = running_mean(np.asarray(source.values, np.float64), window)
+            line = replace(line, mean_of="", steps=source.steps, values=values, most=FEW)
+        settled.append(line)
+    return settled
 
 
 def packed(values: NDArray[Any], dtype: str) -> str:

@@ -75,3 +75,20 @@ function show(x) {
   if (!Number.isFinite(x)) return Number.isNaN(x) ? "not finite" : "infinite";
   return x !== 0 && (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e6) ? x.toExponential(3) : String(+x.toPrecision(5));
 }
+
+/* What lines hold between two steps, a line of text for each step and series. */
+function csv(lines, lo, hi) {
+  const text = ["step,series,value"];
+  for (const line of lines) {
+    const name = `"${line.name.replaceAll('"', '""')}"`;
+    line.at.forEach((step, i) => { if (step >= lo && step <= hi) text.push(`${step},${name},${line.value[i]}`); });
+  }
+  return `${text.join("\n")}\n`;
+}
+
+/* Save a text as a file. */
+function download(name, text, type) {
+  const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(new Blob([text], { type })), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}

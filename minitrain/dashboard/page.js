@@ -100,7 +100,7 @@
       const seen = from !== null && (to !== undefined || (from >= this.lo() && from <= this.hi()));
       element.style.display = seen ? "block" : "none";
       if (!seen) return;
-      element.style.left = `${a}px`;
+      Object.assign(element.style, { left: `${a}px`, top: `${this.view.origin()[1]}px`, height: `${this.view.height()}px` });
       if (to !== undefined) element.style.width = `${Math.max(2, b - a)}px`;
     },
     place() {
@@ -327,11 +327,10 @@
       scale.textContent = lane.log ? "log" : "linear";
       await lane.draw();
     });
-    lane.figure.querySelector(".save")?.addEventListener("click", async () => {
-      const link = make("a", { href: URL.createObjectURL(new Blob([await lane.view.toSVG()], { type: "image/svg+xml" })), download: `${page.name}-${lane.id}.svg` });
-      link.click();
-      setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-    });
+    lane.figure.querySelector(".save")?.addEventListener("click", async () =>
+      download(`${page.name}-${lane.id}.svg`, await lane.view.toSVG(), "image/svg+xml"));
+    lane.figure.querySelector(".numbers")?.addEventListener("click", () =>
+      download(`${page.name}-${lane.id}.csv`, csv(lane.lines, lane.lo(), lane.hi()), "text/csv"));
   }
 
   /* Controls */
@@ -357,7 +356,7 @@
       choose(step);
     }));
     const slider = $("window");
-    slider.max = Math.min(100, Math.floor(page.logged.at.length / 4));
+    slider.max = Math.max(sight.window, Math.min(100, Math.floor(page.logged.at.length / 4)));
     slider.value = Math.floor(sight.window / 2);
     const told = () => { $("window-shown").textContent = sight.window; };
     told();

@@ -21,8 +21,20 @@ from numpy.typing import NDArray
 
 from minitrain.dashboard.gather import RunData
 from minitrain.dashboard.header import header
-from minitrain.dashboard.lanes import MOST, WHOLE, Lane, Line, Panel, line_json, packed, packed_steps
-from minitrain.dashboard.panels import LETTERS, overview, panels
+from minitrain.dashboard.lanes import (
+    MOST,
+    WHOLE,
+    Lane,
+    Line,
+    Panel,
+    letters,
+    line_json,
+    means_settled,
+    packed,
+    packed_steps,
+)
+from minitrain.dashboard.panels import panels
+from minitrain.dashboard.pictures import overview
 from minitrain.dashboard.specs import specification, vega_lite_version
 from minitrain.environment import versions
 from minitrain.report.curve import extremes
@@ -40,7 +52,8 @@ def page(runs: Sequence[RunData]) -> str:
     drawn = panels(runs)
     strip = overview(runs)
     lanes = [strip, *(lane for panel in drawn for lane in panel.lanes if lane.drawn)]
-    told = {lane.id: _lane_json(lane, _description(lane, drawn)) for lane in lanes}
+    window = max(run.log.window for run in runs)
+    told = {lane.id: _lane_json(lane, _description(lane, drawn), window) for lane in lanes}
     names = " and ".join(run.name for run in runs)
     return Template(_file("page.html")).substitute(
         title=escape(f"{names} · minitrain"),
@@ -81,7 +94,7 @@ def _file(name: str) -> str:
 # Numbers
 
 
-def _lane_json(lane: Lane, description: str) -> dict[str, Any]:
+def _lane_json(lane: Lane, description: str, window: int) -> dict[str, Any]:
     return {
         "title": lane.title,
         "description": description,
@@ -89,7 +102,7 @@ def _lane_json(lane: Lane, description: str) -> dict[str, Any]:
         "zero": lane.zero,
         "levels": [{"value": value, "text": text} for value, text in lane.references]
         + ([{"value": lane.reach, "text": ""}] if lane.reach else []),
-        "lines": [line_json(line) for line in lane.lines],
+        "lines": [line_json(line) for line in means_settled(lane.lines, window)],
         "spec": specification(lane, description, overview=lane.id == "overview"),
     }
 
@@ -105,8 +118,7 @@ def _description(lane: Lane, drawn: Sequence[Panel]) -> str:
 
 def _data(runs: Sequence[RunData]) -> dict[str, Any]:
     """All but the lanes."""
-    first, letters = runs[0], LETTERS if len(runs) > 1 else " "
-    suffix = [f" · {letter}" if len(runs) > 1 else "" for letter in letters]
+    first, suffix = runs[0], [f" · {letter}" if letter else "" for letter in letters(runs)]
     rows = [("loss", "train, each step", "loss"), ("lr", "learning rate", "lr"), ("norm", "before the clip", "norm")]
     rows.append(("norm", "after the clip", "clipped"))
     return {
@@ -117,7 +129,7 @@ def _data(runs: Sequence[RunData]) -> dict[str, Any]:
         "logged": packed_steps(np.unique(np.concatenate([run.log.step for run in runs]).astype(np.int64))),
         "marks": [
             {"step": mark.step, "kind": mark.kind, "text": mark.text + end}
-            for run, end in zip(runs, suffix, strict=False)
+            for run, end in zip(runs, suffix, strict=True)
             for mark in run.marks
         ],
         "spikes": [
@@ -129,7 +141,7 @@ def _data(runs: Sequence[RunData]) -> dict[str, Any]:
             for run in runs
             for spike in run.spikes
         ],
-        "bar": [[lane, name + end, label + end] for end in suffix[: len(runs)] for lane, name, label in rows],
+        "bar": [[lane, name + end, label + end] for end in suffix for lane, name, label in rows],
         "runs": [{"recorded": [run.recorded.start, run.recorded.stop], "command": replay_command(run)} for run in runs],
         "unrecorded": "this step was not recorded, so it cannot be replayed",
         "batches": _batches(first) if len(runs) == 1 else None,
@@ -177,11 +189,9 @@ def _telling_steps(run: RunData, most: int) -> NDArray[np.intp]:
 
 
 def _section(panel: Panel, runs: Sequence[RunData]) -> str:
-    several = len(runs) > 1
-    letters = [f"<b>{LETTERS[i]}</b> " if several else "" for i in range(len(runs))]
     readings = "".join(
-        f'<p class="reading">{letter}{escape(reading)}</p>'
-        for letter, reading in zip(letters, panel.readings, strict=True)
+        f'<p class="reading">{f"<b>{letter}</b> " if letter else ""}{escape(reading)}</p>'
+        for letter, reading in zip(letters(runs), panel.readings, strict=True)
     )
     helps = "".join(f"<p>{escape(lane.title)}: {escape(lane.help)}</p>" for lane in panel.lanes if lane.help)
     return (
@@ -204,6 +214,7 @@ def _figure(lane: Lane) -> str:
         f'<button type="button" class="scale" title="Scale of the values">{"log" if lane.log else "linear"}</button>'
     )
     save = '<button type="button" class="save" title="Save this picture">SVG</button>'
+    save += ' <button type="button" class="numbers" title="Save the numbers in sight">CSV</button>'
     caption = f'<figcaption><b>{escape(lane.title)}</b>{unit}<span class="tools">{scale} {save}</span></figcaption>'
     legend = "".join(map(_entry, lane.lines)) + "".join(_level_entry(text) for _, text in lane.references)
     what = "drag to choose the steps in sight" if strip else "arrow keys choose a step, + and - zoom, Escape shows all"

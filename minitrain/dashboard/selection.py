@@ -1,12 +1,15 @@
-"""Which of many series are shown, and what their names say."""
+"""Which of many series are shown, how they look, and what their names say."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minitrain.dashboard.lanes import COLOURS, DASHES
 from minitrain.metrics import Series
 
 Numbers = NDArray[np.float64]
@@ -71,3 +74,26 @@ def telling(values: NDArray[np.floating], most: int) -> list[int]:
         spread = np.where(known, size, -np.inf).max(0) - np.where(known, size, np.inf).min(0)
     spread[~np.isfinite(spread)] = -1
     return sorted(np.argsort(-spread, kind="stable")[:most].tolist())
+
+
+def deviation_of_size(mean_size: NDArray[Any], deviation: NDArray[Any]) -> NDArray[Any]:
+    """σ of |x| from mean |x| and σ of x, for x with a mean near 0: Var|x| = E x² - (E|x|)²."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.sqrt(np.maximum(deviation.astype(np.float64) ** 2 - mean_size.astype(np.float64) ** 2, 0.0))
+
+
+def styled(names: Sequence[str]) -> dict[str, tuple[str, tuple[int, ...], float]]:
+    """Colour, dash and width of each name: what it is has a colour, the layer that it is of a dash."""
+    kinds: dict[str, int] = {}
+    dashes: dict[str, int] = {}
+    styles: dict[str, tuple[str, tuple[int, ...], float]] = {}
+    for name in names:
+        layer = re.search(r"(?:block|layer)[. ](\d+)", name)
+        kind = re.sub(r"(?:block|layer)[. ]\d+[. ]?", "", name)
+        colour = kinds.setdefault(kind, len(kinds))
+        dash = dashes.setdefault(layer[1], len(dashes)) if layer else colour // len(COLOURS)
+        while (style := (COLOURS[colour % len(COLOURS)], DASHES[dash % len(DASHES)], 1.7)) in styles.values():
+            dash += 1
+            colour += dash % len(DASHES) == 0
+        styles[name] = style
+    return styles

@@ -50,7 +50,9 @@ def specification(lane: Lane, description: str, *, overview: bool = False) -> di
         scale = alt.Scale(type="linear", domainMin=0, nice=True)
     else:
         scale = alt.Scale(type="linear", zero=False, nice=True, padding=4)
-    axis = None if overview else alt.Axis(tickCount=5, format=lane.format, minExtent=AXIS, maxExtent=AXIS)
+    axis = alt.Axis(tickCount=9 if lane.log else 5, format=lane.format, minExtent=AXIS, maxExtent=AXIS)
+    if overview:
+        axis = alt.Axis(labels=False, ticks=False, grid=False, minExtent=AXIS, maxExtent=AXIS)
     y = alt.Y("value:Q", title=None, scale=scale, axis=axis)
     layers = [*_marks(alt, x), *_lines(alt, x, y, lane)]
     if lane.references or lane.reach:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from minitrain.dashboard.checks import checks, verdict
 from minitrain.dashboard.gather import RunData
 from minitrain.dashboard.header import first_difference, headline
-from minitrain.dashboard.lanes import Lane, Line
+from minitrain.dashboard.lanes import Lane, Line, letters
 from minitrain.dashboard.panels import panels
 from minitrain.dashboard.readings import short
 
@@ -53,7 +53,7 @@ def summary(runs: Sequence[RunData], style: bool = False) -> str:
         return f"\033[1m{text}\033[0m" if style else text
 
     lines = []
-    for letter, run in zip("AB" if len(runs) > 1 else [""], runs, strict=False):
+    for letter, run in zip(letters(runs), runs, strict=True):
         name = f"{letter} {run.name}" if letter else run.name
         lines += [bold(name), *_wrapped(headline(run)), *_wrapped(verdict(checks(run)))]
         lines += [line for check in checks(run) if check.verdict == "fail" for line in _failed(check)]
@@ -65,7 +65,7 @@ def summary(runs: Sequence[RunData], style: bool = False) -> str:
         lines += [f"losses first differ at step {step:,}" if step is not None else "losses are equal", ""]
     for panel in panels(runs):
         lines.append(bold(f"{panel.number}  {panel.title}"))
-        for letter, reading in zip("AB" if len(runs) > 1 else [""], panel.readings, strict=False):
+        for letter, reading in zip(letters(runs), panel.readings, strict=True):
             lines += _wrapped(f"{letter}: {reading}" if letter else reading)
         for lane in panel.lanes:
             lines += _graphs(lane)
