@@ -92,7 +92,7 @@
       await this.view.runAsync();
       this.place();
     },
-    x0() { return this.view.origin()[0]; },
+    x0() { return this.view.origin()[0] + this.view.padding().left; },
     pixel(step) { return this.x0() + ((step - this.lo()) / (this.hi() - this.lo())) * this.view.width(); },
     step(pixel) { return this.lo() + ((pixel - this.x0()) / this.view.width()) * (this.hi() - this.lo()); },
     put(element, from, to) {
@@ -100,7 +100,7 @@
       const seen = from !== null && (to !== undefined || (from >= this.lo() && from <= this.hi()));
       element.style.display = seen ? "block" : "none";
       if (!seen) return;
-      Object.assign(element.style, { left: `${a}px`, top: `${this.view.origin()[1]}px`, height: `${this.view.height()}px` });
+      Object.assign(element.style, { left: `${a}px`, top: `${this.view.origin()[1] + this.view.padding().top}px`, height: `${this.view.height()}px` });
       if (to !== undefined) element.style.width = `${Math.max(2, b - a)}px`;
     },
     place() {

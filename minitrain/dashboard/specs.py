@@ -91,7 +91,8 @@ def _lines(alt: Any, x: alt.X, y: alt.Y, lane: Lane) -> list[alt.Chart]:
     made = []
     if any(line.spread is not None for line in lane.lines):
         band = alt.Chart(alt.NamedData("rows")).transform_filter("isValid(datum.low)").mark_area(clip=True)
-        shown = alt.OpacityValue(0.06, condition={"test": "indexof(lit, datum.series) >= 0", "value": 0.22})
+        brought_out = {"test": "indexof(lit, datum.series) >= 0", "value": 0.22}
+        shown = alt.OpacityValue(0.06, condition=[brought_out, {"test": "length(lit) > 0", "value": 0}])
         low = alt.Y("low:Q", title=None)
         made.append(band.encode(x, low, alt.Y2("high:Q"), colour, alt.Detail("series:N"), shown))
     made.append(rows.transform_filter("!datum.stem").mark_line(clip=True, strokeCap="butt").encode(dash, width))
