@@ -211,7 +211,7 @@ def test_a_click_shows_the_command_that_replays_the_step(show, run):
     over.click()
     step = int(browser.find_element("id", "at").get_attribute("value"))
     assert 800 < step < 1200
-    assert browser.find_element("id", "command").text == f"minitrain replay runs/a --step {step}"
+    assert browser.find_element("class name", "command").text == f"minitrain replay runs/a --step {step}"
     told = browser.find_element("id", "numbers").text
     assert f"loss {run.log.loss[step]:.3g}"[:8] in told
     assert "norm" in told
@@ -232,11 +232,11 @@ def test_copy_fills_the_clipboard(show, run):
     browser.execute_cdp_cmd(
         "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
     )
-    browser.find_element("id", "copy").click()
+    browser.find_element("class name", "copy").click()
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(browser, 5, 0.05).until(lambda b: b.find_element("id", "copied").text)
-    assert browser.find_element("id", "copied").text == "copied"
+    WebDriverWait(browser, 5, 0.05).until(lambda b: b.find_element("class name", "copied").text)
+    assert browser.find_element("class name", "copied").text == "copied"
     pasted = browser.execute_async_script(
         "navigator.clipboard.readText().then(arguments[0], e => arguments[0](String(e)))"
     )
@@ -250,10 +250,10 @@ def test_copy_works_where_the_clipboard_is_refused(show, run):
         navigator.clipboard.writeText = () => Promise.reject(new Error("refused"));
         document.addEventListener("copy", () => { window.copiedText = document.activeElement.value; });
     """)
-    browser.find_element("id", "copy").click()
+    browser.find_element("class name", "copy").click()
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(browser, 5, 0.05).until(lambda b: b.find_element("id", "copied").text)
+    WebDriverWait(browser, 5, 0.05).until(lambda b: b.find_element("class name", "copied").text)
     assert browser.execute_script("return window.copiedText") == "minitrain replay runs/a --step 7"
 
 
@@ -363,6 +363,9 @@ def test_two_runs(show, run):
     for lane, names in lanes(browser, "l.lines.map(x => x.name)").items():
         assert {name[-1] for name in names} == {"A", "B"}, lane
         assert len(names) <= 10
+    browser.execute_script("minitrain.choose(500)")
+    commands = [code.text for code in browser.find_elements("class name", "command")]
+    assert commands == [f"minitrain replay runs/{name} --step 500" for name in "ab"]
     clean(browser)
 
 

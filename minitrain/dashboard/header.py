@@ -82,8 +82,9 @@ def _run(letter: str, run: RunData) -> str:
     badge = f'<span class="badge {"fail" if failed else "pass"}">{escape(verdict(found))}</span>'
     notes = "".join(f'<p class="note">{letter}{escape(note)}</p>' for note in run.notes)
     alerts = "".join(f'<p class="note">{letter}Alert: {escape(str(one))}.</p>' for one in run.results.get("alerts", ()))
+    kind = "headline fail" if run.ended == "nonfinite" else "headline"
     return (
-        f'<p class="headline{" fail" if run.ended == "nonfinite" else ""}">{letter}{escape(headline(run))}</p><p>{badge}</p>{notes}{alerts}{_events(run)}'
+        f'<p class="{kind}">{letter}{escape(headline(run))}</p><p>{badge}</p>{notes}{alerts}{_events(run)}'
         f'<div class="boxes">{_checks(found, failed)}{_configuration(run.config)}'
         f"{_table('Digests', digests(run), code=True)}{_table('Environment', environment(run))}"
         f"{_table('Results', _results(run))}</div>"

@@ -86,6 +86,21 @@ function csv(lines, lo, hi) {
   return `${text.join("\n")}\n`;
 }
 
+/* Put a text into the clipboard; the old way where the page may not, as from disk in some browsers. */
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const area = Object.assign(document.createElement("textarea"), { value: text });
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    return done;
+  }
+}
+
 /* Save a text as a file. */
 function download(name, text, type) {
   const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(new Blob([text], { type })), download: name });

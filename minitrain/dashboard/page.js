@@ -188,10 +188,9 @@
     text.push(...page.marks.filter((m) => m.step === sight.step).map((m) => m.text));
     text.push(...page.spikes.filter((s) => s.step === sight.step).map((s) => `spike +${s.sigmas}σ`));
     $("numbers").textContent = text.join("  ·  ");
-    const run = page.runs.find((r) => sight.step >= r.recorded[0] && sight.step < r.recorded[1]);
-    $("command").textContent = run ? run.command.replace("{step}", sight.step) : page.unrecorded;
-    $("copy").hidden = !run;
-    $("copied").textContent = "";
+    const commands = page.runs.filter((r) => sight.step >= r.recorded[0] && sight.step < r.recorded[1]);
+    $("commands").replaceChildren(...commands.map((run) => commandRow(run.command.replace("{step}", sight.step))));
+    if (!commands.length) $("commands").append(make("p", { className: "soft", textContent: page.unrecorded }));
     showBatch();
     remember();
   }
@@ -219,18 +218,10 @@
     if (step < sight.lo || step > sight.hi) setRange(sight.lo + by, sight.hi + by);
     choose(step);
   }
-  async function copy() {
-    const text = $("command").textContent;
-    let done = false;
-    try { await navigator.clipboard.writeText(text); done = true; } catch { /* refused: the old way */ }
-    if (!done) {
-      const area = make("textarea", { value: text });
-      document.body.append(area);
-      area.select();
-      done = document.execCommand("copy");
-      area.remove();
-    }
-    $("copied").textContent = done ? "copied" : "select it and copy by hand";
+  function commandRow(text) {
+    const button = make("button", { type: "button", className: "copy", textContent: "Copy" }), told = make("span", { className: "copied", role: "status" });
+    button.addEventListener("click", async () => { told.textContent = (await copy(text)) ? "copied" : "select it and copy by hand"; });
+    return make("div", { className: "row" }, make("code", { className: "command", textContent: text }), button, told);
   }
 
   /* The pointer over a picture */
@@ -343,7 +334,6 @@
     $("earlier").addEventListener("click", () => neighbour(-1));
     $("later").addEventListener("click", () => neighbour(1));
     $("close").addEventListener("click", unchoose);
-    $("copy").addEventListener("click", copy);
     addEventListener("keydown", (event) => {
       if (event.key !== "Escape") return;
       if (sight.lo !== whole[0] || sight.hi !== whole[1]) all(); else unchoose();
