@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dashboards import HOSTILE, bare, broken, healthy
+from dashboards import HOSTILE, bare, broken, changed, healthy
 
 from minitrain.dashboard import write_page
 
@@ -35,6 +35,7 @@ FLAGS = [
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,900"),
 ]
+LOCAL = ("file:", "data:", "blob:", "about:")
 PANELS = ["loss", "lr", "norm", "activations", "spectral", "units", "classes"]
 
 
@@ -55,13 +56,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def show(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """``show(*runs)``: their page in the browser, drawn; nothing was asked of the network and no error came up."""
+    """``show(*runs, name=…)``: their page in the browser, drawn. With ``keep`` it stays as it is, if it is there."""
     from selenium.webdriver.support.ui import WebDriverWait
 
     folder = tmp_path_factory.mktemp("pages")
 
-    def open_page(*runs: Any, name: str, address: str = "") -> Any:
+    def open_page(*runs: Any, name: str, address: str = "", keep: bool = False) -> Any:
         path = folder / f"{name}.html"
+        if keep and browser.current_url.split("#")[0] == path.as_uri():
+            drain(browser)
+            browser.execute_script("minitrain.setRange(0, 1e9)")
+            return browser
         if not path.exists():
             write_page(runs, path)
         drain(browser)
@@ -91,8 +96,7 @@ def drain(browser: Any) -> tuple[list[str], list[str]]:
 def clean(browser: Any) -> None:
     errors, asked = drain(browser)
     assert errors == []
-    assert asked
-    assert all(url.startswith(("file:", "data:", "blob:", "about:")) for url in asked)
+    assert all(url.startswith(LOCAL) for url in asked)
 
 
 def lanes(browser: Any, what: str) -> dict[str, Any]:
@@ -143,12 +147,15 @@ def test_seven_panels_are_drawn_and_nobody_is_asked(show, run):
             paths = figure.find_elements("css selector", ".vis svg .mark-line path")
             assert any(len(path.get_attribute("d") or "") > 50 for path in paths), figure.get_attribute("data-lane")
     assert len(lanes(browser, "1")) == 12
-    clean(browser)
+    errors, asked = drain(browser)
+    assert errors == []
+    assert asked[-1].endswith("/healthy.html")
+    assert all(url.startswith(LOCAL) for url in asked)
 
 
 def test_pictures_have_titles_and_descriptions(show, run):
     """A screen reader hears what is drawn and what it says."""
-    browser = show(run, name="healthy")
+    browser = show(run, name="healthy", keep=True)
     for figure in browser.find_elements("css selector", "figure svg.marks"):
         label = figure.get_attribute("aria-label")
         described = figure.find_element("css selector", "desc").get_attribute("textContent")
@@ -161,7 +168,7 @@ def test_the_brush_zooms_every_view(show, run):
     """A drag in the overview sets the steps of all pictures, of the numbers and of the address; Escape resets."""
     from selenium.webdriver.common.keys import Keys
 
-    browser = show(run, name="healthy")
+    browser = show(run, name="healthy", keep=True)
     assert set(map(tuple, lanes(browser, "l.view.scale('x').domain()").values())) == {(0, 2000)}
     drag(browser, browser.find_element("css selector", "[data-lane=overview] .over"), 0.4, 0.6)
     settled(browser)
@@ -183,7 +190,7 @@ def test_the_brush_zooms_every_view(show, run):
 def test_a_drag_in_a_picture_zooms_and_a_double_click_resets(show, run):
     from selenium.webdriver.common.action_chains import ActionChains
 
-    browser = show(run, name="healthy")
+    browser = show(run, name="healthy", keep=True)
     over = browser.find_element("css selector", "[data-lane=norm] .over")
     drag(browser, over, 0.3, 0.5)
     low, high = browser.execute_script("return [minitrain.sight.lo, minitrain.sight.hi]")
@@ -205,7 +212,7 @@ def test_a_zoom_shows_every_step(show, run):
 
 def test_a_click_shows_the_command_that_replays_the_step(show, run):
     """With loss and norm of the step, and its batch, whose texts do nothing but stand there."""
-    browser = show(run, name="healthy")
+    browser = show(run, name="healthy", keep=True)
     over = browser.find_element("css selector", "[data-lane=norm] .over")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", over)
     over.click()
@@ -274,7 +281,7 @@ def test_keys_reach_everything(show, run):
 def test_the_pointer_tells_the_numbers(show, run):
     from selenium.webdriver.common.action_chains import ActionChains
 
-    browser = show(run, name="healthy")
+    browser = show(run, name="healthy", keep=True)
     over = browser.find_element("css selector", "[data-lane=spectral] .over")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", over)
     ActionChains(browser).move_to_element(over).perform()
@@ -284,7 +291,7 @@ def test_the_pointer_tells_the_numbers(show, run):
 
 
 def test_a_legend_brings_out_a_line_and_a_scale_can_be_changed(show, run):
-    browser = show(run, name="healthy")
+    browser = show(run, name="healthy", keep=True)
     button = browser.find_element("css selector", "[data-lane=spectral] .legend button")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
     button.click()
@@ -300,7 +307,7 @@ def test_a_legend_brings_out_a_line_and_a_scale_can_be_changed(show, run):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_light_and_dark(show, run, theme):
     """The system's choice decides; text and ground stay apart."""
-    browser = show(run, name="healthy")
+    browser = show(run, name="healthy", keep=True)
     feature = {"name": "prefers-color-scheme", "value": theme}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     try:
@@ -314,10 +321,46 @@ def test_light_and_dark(show, run, theme):
     clean(browser)
 
 
+def test_printed(show, run):
+    """On paper it is light whatever the screen was, without controls; every picture fits the width of the page."""
+    browser = show(run, name="healthy", keep=True)
+    browser.execute_script("document.documentElement.dataset.theme = 'dark'")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        told = browser.execute_script("""
+            const style = (what) => getComputedStyle(document.querySelector(what));
+            return [style("body").color, ...["#range", "nav", ".tools", ".over"].map((what) => style(what).display)];
+        """)
+        paper = browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert sum(map(int, told[0][4:-1].split(","))) < 150
+    assert set(told[1:]) == {"none"}
+    assert len(paper["data"]) > 50_000
+    clean(browser)
+
+
+def test_the_page_averages_as_the_log_does_and_draws_every_extreme(show):
+    """Of 30,000 steps the running mean is that of report.log, and a single spike is among the rows that are drawn."""
+    long = healthy(30_000, name="long")
+    norm = long.log.norm.copy()
+    norm[20_011] = 400
+    browser = show(changed(long, norm=norm), name="long")
+    means, rows = browser.execute_script("""
+        const lane = (id) => minitrain.lanes.find((l) => l.id === id);
+        const mean = lane("loss").lines.find((l) => l.name === "train, running mean");
+        const rows = lane("norm").view.data("rows").filter((r) => r.series === "before the clip");
+        return [[0, 100, 15000, 29999].map((i) => mean.value[i]), rows.map((r) => [r.step, r.value])];
+    """)
+    assert means == pytest.approx([long.log.mean_loss(i) for i in (0, 100, 15000, 29999)], rel=1e-5)
+    assert [20_011, 400] in rows
+    assert len(rows) <= 2000
+
+
 @pytest.mark.parametrize("width", [400, 640])
 def test_narrow(show, run, width):
     """A telephone, or a window at 200 % zoom: nothing stands out on the right, pictures are as wide as fits."""
-    browser = show(run, name="healthy")
+    browser = show(run, name="healthy", keep=True)
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:

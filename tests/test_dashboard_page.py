@@ -305,6 +305,7 @@ def test_what_is_no_run_is_refused(copy, tmp_path):
         ([copy, tmp_path / "none"], ["expected a run folder"]),
         ([copy, "--text", "--json"], ["--text", "expected it alone"]),
         ([copy, "--out", tmp_path / "no" / "such.html"], ["--out", "expected a file in a folder that exists"]),
+        ([copy, "--out", f"{'x' * 300}.html"], ["expected a file that can be written", "name another with --out"]),
         ([], ["Missing argument 'RUN'"]),
     ]:
         result = minitrain(*arguments)

@@ -34,6 +34,7 @@ def command(run: Path, other: Path | None, text: bool, out: Path | None, as_json
     minitrain dashboard runs/a --text
     """
     from minitrain.dashboard.gather import RunData
+    from minitrain.errors import RunError
     from minitrain.run_folder import RunFolder
 
     if text and (out or as_json):
@@ -51,7 +52,13 @@ def command(run: Path, other: Path | None, text: bool, out: Path | None, as_json
         return
     from minitrain.dashboard import default_path, write_page
 
-    where = write_page(runs, out or default_path(*folders))
+    where = out or default_path(*folders)
+    try:
+        write_page(runs, where)
+    except OSError as error:
+        raise RunError(
+            f"{where}: expected a file that can be written, got: {error.strerror}; name another with --out"
+        ) from error
     if as_json:
         click.echo(json.dumps(told(runs, where), allow_nan=False))
     else:

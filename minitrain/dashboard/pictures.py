@@ -87,11 +87,6 @@ def losses(runs: Runs) -> Lane:
         val = Line("validation", log.val_step, log.val_loss, RED, width=1.8, points=True, pair=COOL_WARM)
         return [each, mean, val]
 
-    levels = {
-        math.log(run.baseline_ppl): f"{run.baseline_name} (perplexity {number(run.baseline_ppl)})"
-        for run in runs
-        if math.isfinite(run.baseline_ppl)
-    }
     found = _named(runs, lines)
     return Lane(
         "loss",
@@ -100,11 +95,21 @@ def losses(runs: Runs) -> Lane:
         found,
         log=_positive(found),
         height=300,
-        references=list(levels.items()),
+        references=_baselines(runs),
         empty="No step has a finite loss.",
         help="Token-mean cross entropy of the batch, before the update of its step; validation over its whole split. "
         "A spike is a train loss more than 3σ over the mean of the 100 steps before it.",
     )
+
+
+def _baselines(runs: Runs) -> list[tuple[float, str]]:
+    """The loss of the best n-gram model, of every run that has another."""
+    levels = {
+        math.log(run.baseline_ppl): f"{run.baseline_name} (perplexity {number(run.baseline_ppl)})"
+        for run in runs
+        if math.isfinite(run.baseline_ppl)
+    }
+    return list(levels.items())
 
 
 def rates(runs: Runs) -> Lane:
@@ -376,6 +381,7 @@ def classes(runs: Runs, scope: str) -> Lane:
         _named(runs, lines),
         height=190,
         zero=True,
+        references=_baselines(runs) if scope == "sentence" else (),
         empty="The text has no verb classes, or their losses were not recorded.",
         help=_formulas(runs, "class_loss") if scope == "verb form" else "",
     )
