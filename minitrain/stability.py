@@ -17,10 +17,10 @@ SPIKE = 3.0
 """Standard deviations above the usual that are a spike."""
 CALM = 0.5
 """Standard deviations above the usual that are not worth a word any more."""
-OVERFIT = 0.02
-"""Nats per token by which the validation loss ends above its lowest before that is called overfitting."""
 PATIENCE = 50
 """Steps in which a run is to be over its spike."""
+WORSE = 0.02
+"""Of the lowest validation loss: how far above it is no longer noise."""
 
 
 class Usual(NamedTuple):
@@ -83,17 +83,21 @@ def spikes(series: Series) -> list[Spike]:
     return found
 
 
-def overfit_onset(steps: Series, train: Series, validation: Series) -> int | None:
-    """The first validation from which on the gap grows faster than the train loss falls; None where it never does.
+def overfit_onset(steps: Series, val: Series, train: Series) -> int | None:
+    """The validation step from which on validation only gets worse while training gets better; None where it does not.
 
-    ``train`` and ``validation`` are losses at the same ``steps``. The gap is validation minus train, so it grows faster
-    than train falls exactly where validation rises: the onset is where the median of three validations is least, if
-    it ends `OVERFIT` above that (our choice; it agrees with the step of the least validation but for its noise).
+    ``val`` and ``train`` are losses at the same steps. The gap between them grows from the start; overfitting begins
+    where it grows more than training falls, that is, at the last step to which validation does not come back. It is
+    said only if the last third behind it averages more than `WORSE` above it and training has fallen meanwhile.
     """
-    losses = np.array([steps, train, validation], np.float64)
-    at, _, level = losses[:, np.isfinite(losses).all(axis=0)]
+    at, losses, trained = (np.asarray(x, np.float64) for x in (steps, val, train))
+    known = np.isfinite(losses) & np.isfinite(trained)
+    at, losses, trained = at[known], losses[known], trained[known]
     if len(at) < 3:
         return None
-    smooth = np.median(np.lib.stride_tricks.sliding_window_view(level, 3), axis=1)
-    least = int(np.argmin(smooth))
-    return int(at[least + 1]) if smooth[-1] > smooth[least] + OVERFIT else None
+    lowest = len(losses) - 1 - int(losses[::-1].argmin())
+    behind = losses[lowest + 1 :]
+    if len(behind) < 2 or trained[-1] >= trained[lowest]:
+        return None
+    last = behind[-max(1, len(behind) // 3) :]
+    return int(at[lowest]) if last.mean() > losses[lowest] * (1 + WORSE) else None

@@ -21,6 +21,7 @@ FLOORS = [
     ["loop", "report", "assembly"],
     ["record"],
     ["metrics"],
+    ["dashboard"],
     ["trainer", "selftest", "sampling", "replay"],
     ["cli", "terminal", "experiments", "fork"],
     ["commands"],

@@ -148,7 +148,7 @@ def test_overfit_onset_is_near_the_least_validation(seed):
     steps = np.arange(50, 2001, 50)
     turn = int(rng.integers(300, 1500))
     validation = 2 + ((steps - turn) / 1000) ** 2 + 0.001 * rng.standard_normal(len(steps))
-    onset = stability.overfit_onset(steps, 4 * np.exp(-steps / 800), validation)
+    onset = stability.overfit_onset(steps, validation, 4 * np.exp(-steps / 800))
     assert onset is not None
     assert abs(onset - turn) <= 100
 
@@ -156,6 +156,6 @@ def test_overfit_onset_is_near_the_least_validation(seed):
 def test_no_overfitting():
     """A validation loss that falls to the end has no onset; nor have too few or no finite numbers."""
     steps = np.arange(10)
-    assert stability.overfit_onset(steps, 1 / (1 + steps), 2 / (1 + steps)) is None
-    assert stability.overfit_onset(steps[:2], [1, 1], [1, 2]) is None
-    assert stability.overfit_onset(steps, np.full(10, np.nan), steps) is None
+    assert stability.overfit_onset(steps, 2 / (1 + steps), 1 / (1 + steps)) is None
+    assert stability.overfit_onset(steps[:2], [1, 2], [2, 1]) is None
+    assert stability.overfit_onset(steps, np.full(10, np.nan), -steps) is None

@@ -28,13 +28,13 @@ class Series:
 
     name: str
     unit: str
-    formula: str
     steps: NDArray[np.int64]
     """(S,)"""
     values: NDArray[np.float32]
     """(S, ...), NaN where there was nothing to measure or the number is not finite."""
     labels: tuple[tuple[str, ...], ...]
     """What the places of each further axis stand for."""
+    formula: str
 
 
 class MetricsWriter:
@@ -125,6 +125,6 @@ def read_metrics(folder: RunFolder) -> dict[str, Series]:
         written = np.flatnonzero(np.isfinite(values.reshape(len(steps), -1)).any(axis=1))
         end = int(written[-1]) + 1 if len(written) else 0
         series[m.name] = Series(
-            m.name, m.unit, m.formula, steps[:end], values[:end], tuple(layout.labels[axis] for axis in m.axes)
+            m.name, m.unit, steps[:end], values[:end], tuple(layout.labels[axis] for axis in m.axes), m.formula
         )
     return series
