@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from minitrain import report
+from minitrain import dashboard, report
 from minitrain._ext.signatures import NUMERICS_VERSION
 from minitrain.assembly import Parts, assemble, prepare_data, require_memory
 from minitrain.checkpoint import load_checkpoint, save_checkpoint, save_model
@@ -248,6 +248,7 @@ def finish(
     results["peak_rss_mb"] = peak_rss_mb()  # most of it was the picture's
     report.write_page(folder, config, results, data.baseline["best_perplexity"])
     write_json(folder.results, finite_or_none(results))
+    dashboard.write_dashboard(folder)
     if metrics.ended == "complete":
         write_atomic(folder.complete, digest + "\n")
     return results
