@@ -52,6 +52,17 @@ def isa_backend(request: pytest.FixtureRequest, backends: dict[tuple[str, int], 
     return backends[request.param, 1]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_dashboards() -> Iterator[None]:
+    """Runs in this process end without a dashboard, which takes longer than a short training and has tests of its own.
+
+    Those at the command line, in processes of their own, have one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "write_dashboard", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The folder of the sources. Against an installed wheel, where `tests` stands alone, the test is skipped."""
@@ -291,7 +302,6 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Settings of a tiny run, in a working folder where its text stands and no curve is drawn (that has its tests)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trainer.report, "write_curve", lambda *_: None)
-    monkeypatch.setattr(trainer.dashboard, "write_dashboard", lambda *_: None)
     words = [("old", "new"), ("cat", "dog"), ("saw", "ate"), "abcde"]
     Path("book.txt").write_text("\n".join("the {} {} {} the {}.".format(*four) for four in product(*words)))
     return list(TINY)
@@ -326,7 +336,6 @@ def record_run(book: Path) -> Callable[..., Path]:
     def make(folder: Path, *settings: str, yaml: Path | None = None, seen: list[Any] | None = None, **how: Any) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer.report, "write_curve", lambda *_: None)
-            patch.setattr(trainer.dashboard, "write_dashboard", lambda *_: None)
             outcome = trainer.run(inject.load(yaml, [*SMALL, f"data.train_path={book}", *settings]), folder, **how)
         if seen is not None:
             seen.append(outcome)
@@ -343,7 +352,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setattr(trainer.report, "write_curve", lambda *_: None)
         patch.setattr(trainer.report, "write_page", lambda *_: None)
-        patch.setattr(trainer.dashboard, "write_dashboard", lambda *_: None)
         yield folder
 
 

@@ -42,7 +42,6 @@ def home(tmp_path_factory: pytest.TempPathFactory, record_run: Any) -> Path:
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """No picture is drawn, which would take longer than all the rest."""
     monkeypatch.setattr(trainer.report, "write_curve", lambda *_: None)
-    monkeypatch.setattr(trainer.dashboard, "write_dashboard", lambda *_: None)
 
 
 def forked(parent: Path, step: int, folder: Path, *changes: str, **how: Any) -> Path:
