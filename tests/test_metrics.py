@@ -113,6 +113,24 @@ def test_losses_by_class(measured):
     assert np.isfinite(one.values).all()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["metrics.probe=0", "training.batch_size=1", "metrics.every=1", "metrics.slow_every=1", "training.val_every=1"],
+        ["metrics.every=1000", "metrics.slow_every=1000", "training.val_every=1000", "metrics.probe=100000"],
+        ["training.backend=reference", "model.dropout=0.2", "model.tie_weights=false"],
+        ["optimizer.lr_max=1000", "optimizer.clip=null", "training.on_nonfinite=continue"],
+    ],
+)
+def test_odd_settings(place, settings):
+    """Whatever the settings, a run is measured to its end, and its README tells what was set."""
+    path = place / f"odd-{len(settings)}-{settings[0]}"
+    trainer.run(recording.config("scheduler.total_steps=12", *settings), path)
+    series = read_metrics(RunFolder(path))
+    assert series["batch_rare"].steps.tolist() == list(range(12))
+    assert len(series["activation_std"].steps)
+
+
 def test_duplicated_batches_show(record_run, tmp_path):
     """A batch that is the one before it again has all its samples marked."""
     path = record_run(tmp_path / "dup", "injection.name=duplicate_batch", "injection.step=9", "metrics.every=5")
@@ -158,6 +176,20 @@ def test_resumed_is_uninterrupted(place, measured, stop_at):
     assert logs[0] == logs[1]
 
 
+def test_resume_with_damaged_metrics(place):
+    """What cannot be read stops the resume with both ways out; without it the run goes on."""
+    path, watch = place / "lost", recording.Watch(100)
+    trainer.run(recording.config(*MEASURED), path, listeners=[watch], stop=watch)
+    (path / "metrics.zarr" / "grad_norm" / "c.0.0").write_bytes(b"no")
+    with pytest.raises(RunError, match=r"grad_norm/c.0.0: expected [\s\S]*or delete .*/metrics.zarr: the run goes on"):
+        trainer.run(recording.config(*MEASURED), path, resume=True)
+    shutil.rmtree(path / "metrics.zarr")
+    trainer.run(recording.config(*MEASURED), path, resume=True)
+    series = read_metrics(RunFolder(path))
+    assert np.isnan(series["grad_norm"].values[: 98 // 7 + 1]).all()
+    assert np.isfinite(series["grad_norm"].values[-1]).any()
+
+
 def test_resume_wants_the_same_cadence(place, measured):
     """Other metrics than the run began with are refused with both settings named."""
     copy = shutil.copytree(measured.path, place / "other-cadence")
@@ -174,7 +206,7 @@ def test_summary_in_the_log(measured):
     last = lines[-1]["metrics"]
     assert last["dead_units_largest"] == pytest.approx(series["dead_units"].values[-1].max(), abs=1e-6)
     assert last["update_ratio_median"] == pytest.approx(np.nanmedian(series["update_ratio"].values[-1]), abs=1e-6)
-    assert last["activation_largest"] == pytest.approx(series["activation_mean_abs"].values[-1].max(), rel=1e-4)
+    assert last["activation_largest"] == pytest.approx(series["activation_mean_abs"].values[-1][:-2].max(), rel=1e-4)
 
 
 def test_xarray_reads_them(measured):

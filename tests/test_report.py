@@ -24,7 +24,7 @@ from minitrain import report, trainer
 from minitrain.config import Config, differing_keys, load_config
 from minitrain.report import curve
 from minitrain.report.log import Log
-from minitrain.report.story import SHOWN, Story
+from minitrain.report.story import CONCERNS, SHOWN, Story
 from minitrain.report.words import number
 from minitrain.run_folder import RunFolder
 
@@ -328,3 +328,8 @@ def test_the_plotting_library_is_not_loaded_before_it_draws_and_fits_in_400_mb(r
         [sys.executable, "-c", program, runs["default"].path], check=True, capture_output=True, text=True
     )
     assert float(done.stdout) < 400
+
+
+def test_every_section_of_the_configuration_concerns_something():
+    """A setting of any section that is not the default can be told of."""
+    assert set(CONCERNS) == set(Config.model_fields)

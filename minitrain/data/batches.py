@@ -72,7 +72,7 @@ class Dataset:
         width = np.array([len(piece) for piece in tokenizer.pieces])[self.targets]  # specials are 0 wide
         end = np.cumsum(width, axis=1)
         start = end - width
-        first, last = np.array([row.verb_span for row in self.labels]).T[..., np.newaxis]
+        first, last = np.array([row.verb_span for row in self.labels], np.int64).reshape(-1, 2).T[..., np.newaxis]
         mask: Mask = (start < last) & (end > first) & (width > 0)
         return mask
 

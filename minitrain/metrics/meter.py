@@ -185,7 +185,7 @@ def _quiet(f: Any) -> Any:
 
 
 _SUMMARY: dict[str, tuple[str, Any]] = {
-    "activation_mean_abs": ("activation_largest", _quiet(np.max)),
+    "activation_mean_abs": ("activation_largest", lambda x: _quiet(np.max)(x[:-2])),  # but softmax and its logarithm
     "update_ratio": ("update_ratio_median", _quiet(np.median)),
     "attention_entropy": ("attention_entropy_least", _quiet(np.min)),
     "attention_peak": (

@@ -47,7 +47,10 @@ class MetricsWriter:
             shutil.rmtree(folder.metrics, ignore_errors=True)
         attributes, arrays = layout.attributes, layout.arrays
         lengths = {cadence: len(steps) for cadence, steps in layout.steps.items()}
-        known = {} if step == layout.start else _rows_before(folder, layout, step)
+        try:
+            known = {} if step == layout.start else _rows_before(folder, layout, step)
+        except RunError as error:
+            raise RunError(f"{error}\nor delete {folder.metrics}: the run goes on without what was measured") from error
         write_metadata(folder.metrics, metadata(attributes, arrays.values(), lengths))
         for cadence in CADENCES:
             if cadence in arrays:

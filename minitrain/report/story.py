@@ -45,6 +45,7 @@ CONCERNS = {
     "training": "the loop",
     "data": "the text",
     "record": "what is kept of the run",
+    "metrics": "what is measured",
     "injections": "faults that were caused on purpose",
 }
 """What the settings of a section have to do with."""
@@ -164,7 +165,7 @@ class Story:
         replay = f"minitrain replay {run} --step {first['step']} --nan-bisect"
         return (
             f"{text} The learning rate was {first['lr']:.3g}. To find the place where the number arose:\n\n"
-            f"```\n{replay}\n```\n\n(once this version has its replay room). "
+            f"```\n{replay}\n```\n\n"
             "Look there, then at the gradient norms and learning rates before it in train_log.jsonl."
         )
 
