@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from measure.processes import Track
 
-from minitrain.config import ModelConfig
 from minitrain.model import MiniGPT
 from minitrain.optim import AdamW
+from minitrain.sections import ModelConfig
 
 ROUNDS = 400
 SEQUENCES = 8

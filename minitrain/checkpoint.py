@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from minitrain.config import ModelConfig, config_from
+from minitrain.config import config_from
 from minitrain.errors import ConfigError, RunError
 from minitrain.files import write_atomic
+from minitrain.sections import ModelConfig
 from minitrain.state import State
 from minitrain.tensors import Tensors, digest, parameter_table
 

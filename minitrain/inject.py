@@ -17,11 +17,12 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from minitrain.config import Config, Injection, OptimizerConfig, read_config
+from minitrain.config import Config, read_config
 from minitrain.data.batches import FILL, Batch
 from minitrain.data.tokenizer import PAD, Tokenizer
 from minitrain.errors import ConfigError, did_you_mean
 from minitrain.hooks import Hooks
+from minitrain.sections import Injection, OptimizerConfig
 from minitrain.state import State
 from minitrain.tensors import KINDS, Tensors, activation_table, parameter_table, sites
 

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from minitrain._ext import engine
 from minitrain._ext.plan import Backend, CompiledBackend, Plan, ReferenceBackend
-from minitrain.config import ModelConfig
 from minitrain.errors import DataError, KernelArgumentError
 from minitrain.hooks import Hooks
 from minitrain.passes import Passes
 from minitrain.rng import Purpose
+from minitrain.sections import ModelConfig
 from minitrain.tensors import Tensors, parameter_table, sites
 
 INIT_STD = 0.02

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minitrain._ext.plan import Backend, CompiledBackend, Plan
-from minitrain.config import OptimizerConfig
 from minitrain.hooks import Hooks
+from minitrain.sections import OptimizerConfig
 from minitrain.tensors import Tensors
 
 NORM_BLOCK = 4096

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from minitrain import elementary
 from minitrain._ext.plan import Backend, Plan
-from minitrain.config import ModelConfig
+from minitrain.sections import ModelConfig
 from minitrain.tensors import Tensors, activation_table, gradient_table
 
 LAYERNORM_EPS = 1e-5

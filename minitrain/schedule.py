@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, Self
 
-from minitrain.config import Config, OptimizerConfig, SchedulerConfig, config_from
+from minitrain.config import Config, config_from
 from minitrain.elementary import PI, cos, power_int
 from minitrain.errors import RunError
+from minitrain.sections import OptimizerConfig, SchedulerConfig
 
 
 def lr_at(step: int, optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from minitrain.config import ModelConfig
+from minitrain.sections import ModelConfig
 
 Init = Literal["normal", "residual", "zeros", "ones"]
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minitrain._ext.plan import Backend, Plan
-from minitrain.config import OptimizerConfig
 from minitrain.optim import hyper_row
+from minitrain.sections import OptimizerConfig
 from minitrain.tensors import canonical_bits
 
 Floats = NDArray[np.float32]

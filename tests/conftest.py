@@ -23,8 +23,8 @@ from minitrain import inject, trainer
 from minitrain._ext import engine
 from minitrain._ext.plan import Backend, CompiledBackend, ReferenceBackend, call
 from minitrain._ext.signatures import SIGNATURES
-from minitrain.config import ModelConfig
 from minitrain.loop import Listener
+from minitrain.sections import ModelConfig
 from minitrain.tensors import canonical_bits
 
 THREADS = (1, 2, 3)

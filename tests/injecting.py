@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from recording import SMALL
 
 from minitrain.assembly import assemble, prepare_data
-from minitrain.config import Config, Injection, load_config
+from minitrain.config import Config, load_config
 from minitrain.data.prepare import Prepared
 from minitrain.inject import FAULTS, resolved, targets
 from minitrain.loop import Listener, StepStats, watched_step
+from minitrain.sections import Injection
 from minitrain.state import State
 from minitrain.tensors import canonical_bits
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from minitrain._ext.plan import call
 from minitrain.cli import main
-from minitrain.config import OptimizerConfig
 from minitrain.model import make_backend
 from minitrain.optim import hyper_row
 from minitrain.record.recorded import open_run
 from minitrain.replay import verify
 from minitrain.replay.follows import Excess, Follows, numbers, places
 from minitrain.replay.segments import recurrence, work_of
+from minitrain.sections import OptimizerConfig
 
 FLOATS = st.integers(0, 2**32 - 1).map(lambda bits: np.uint32(bits).view(np.float32))
 """Any of them: subnormal, zeros of both signs, Inf, NaN."""

@@ -21,10 +21,10 @@ from minitrain.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from minitrain.config import ModelConfig
 from minitrain.data.tokenizer import Tokenizer
 from minitrain.errors import RunError
 from minitrain.model import MiniGPT
+from minitrain.sections import ModelConfig
 from minitrain.state import State
 from minitrain.tensors import parameter_table
 

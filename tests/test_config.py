@@ -10,17 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from minitrain.config import (
-    NOT_HASHED,
-    Config,
-    DataConfig,
-    config_from,
-    config_hash,
-    differing_keys,
-    load_config,
-    to_yaml,
-)
+from minitrain.config import NOT_HASHED, Config, config_from, config_hash, differing_keys, load_config, to_yaml
 from minitrain.errors import ConfigError
+from minitrain.sections import DataConfig
 
 DOMAIN_EXAMPLE = """
 model:      {n_layer: 2, n_head: 4, d_model: 64, d_ff: 256, vocab_size: 64, max_seq_len: 32}

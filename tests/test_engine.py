@@ -17,10 +17,10 @@ import pytest
 from minitrain._ext import engine
 from minitrain._ext.plan import CompiledBackend, Plan, ReferenceBackend, call, instruction_set
 from minitrain._ext.signatures import SIGNATURES
-from minitrain.config import ModelConfig
 from minitrain.errors import DataError, KernelArgumentError, MinitrainError
 from minitrain.model import MiniGPT
 from minitrain.optim import AdamW
+from minitrain.sections import ModelConfig
 
 f4 = np.float32
 

@@ -14,7 +14,8 @@ from minitrain import _ext, replay
 FLOORS = [
     ["errors"],
     ["files", "rng", "elementary", "yaml_files", "shorthand"],
-    ["_ext", "config"],
+    ["_ext", "sections"],
+    ["config"],
     ["tensors", "schedule", "environment", "hooks", "stability"],
     ["state", "passes", "data"],
     ["model", "optim", "checkpoint", "run_folder", "inject", "inspector"],

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitrain._ext.plan import ReferenceBackend
-from minitrain.config import ModelConfig, OptimizerConfig
 from minitrain.model import MiniGPT
 from minitrain.optim import AdamW
 from minitrain.rng import Purpose, Stream
+from minitrain.sections import ModelConfig, OptimizerConfig
 
 # A tape: values in double precision that know how to pass a gradient on
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitrain.config import ModelConfig, OptimizerConfig
 from minitrain.optim import AdamW, Norms, global_grad_norm
+from minitrain.sections import ModelConfig, OptimizerConfig
 from minitrain.tensors import Tensors, parameter_table
 
 CONFIG = ModelConfig(n_layer=1, n_head=2, d_model=12, d_ff=20, vocab_size=37)

@@ -110,7 +110,7 @@ def test_nobody_else_is(slow, capsys, reason):
 STEPS = """
 import numpy as np
 from minitrain._ext import engine
-from minitrain.config import ModelConfig
+from minitrain.sections import ModelConfig
 from minitrain.model import MiniGPT
 from minitrain.optim import AdamW
 from minitrain.tensors import digest

@@ -12,12 +12,13 @@ import pytest
 
 from minitrain import trainer
 from minitrain.assembly import Parts
-from minitrain.config import Config, OptimizerConfig, load_config
+from minitrain.config import Config, load_config
 from minitrain.errors import ConfigError
 from minitrain.experiments import roundtrip, runner
 from minitrain.experiments.runner import Made
 from minitrain.rng import Purpose, Stream
 from minitrain.run_folder import RunFolder
+from minitrain.sections import OptimizerConfig
 
 ALL = set(roundtrip.ASSERTIONS)
 Checked = tuple[Config, Path, roundtrip.Witness]

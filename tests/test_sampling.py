@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitrain._ext.plan import CompiledBackend
-from minitrain.config import ModelConfig
 from minitrain.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
 from minitrain.errors import ConfigError, RunError
 from minitrain.model import MiniGPT
 from minitrain.sampling import NEVER, Sampling, choose, encode, generate
+from minitrain.sections import ModelConfig
 from minitrain.tensors import canonical_bits
 
 TOKENIZER = Tokenizer("abc ", [(4, 5), (8, 6)])

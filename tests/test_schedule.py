@@ -12,10 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minitrain import elementary
-from minitrain.config import Config, OptimizerConfig, SchedulerConfig, load_config
+from minitrain.config import Config, load_config
 from minitrain.elementary import ANGLE_LIMIT, PI, cos, exp, log, power_int, sin
 from minitrain.errors import ConfigError, RunError
 from minitrain.schedule import Scheduler, lr_at
+from minitrain.sections import OptimizerConfig, SchedulerConfig
 
 HALF_PI = Decimal("1.5707963267948966192313216916397514420985846996875529104874722961539082031431045")
 

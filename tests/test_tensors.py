@@ -8,9 +8,9 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitrain.config import ModelConfig
 from minitrain.model import MiniGPT
 from minitrain.passes import rope_tables
+from minitrain.sections import ModelConfig
 from minitrain.state import State
 from minitrain.tensors import Tensors, activation_table, canonical_bits, digest, gradient_table, parameter_table, sites
 

@@ -22,8 +22,8 @@ from minitrain.terminal import columns, json_option
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from minitrain.config import Injection
     from minitrain.replay.replayer import Live, Replay, SiteReport, StepReport
+    from minitrain.sections import Injection
 
 
 @click.command("replay", short_help="Take a recorded step back and run it again, bit for bit.")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from minitrain.config import Config, Injection
+from minitrain.config import Config
 from minitrain.experiments.effect import PLATEAU
 from minitrain.report.words import count, number
+from minitrain.sections import Injection
 from minitrain.stability import CALM, SPIKE
 
 Effect = Mapping[str, Any]

@@ -12,11 +12,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from minitrain.config import Config, DataConfig, differing_keys
+from minitrain.config import Config, differing_keys
 from minitrain.report.log import Log
 from minitrain.report.page import listed, page
 from minitrain.report.words import count, not_finite, number
 from minitrain.run_folder import RunFolder
+from minitrain.sections import DataConfig
 
 
 def _ppl(loss: float) -> str:
