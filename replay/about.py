@@ -65,14 +65,19 @@ def _interesting(run: Run) -> int:
     return next((e["step"] for e in run.events if e["step"] in run.steps), run.end - 1)
 
 
+PARTS = ("journal", "moments", "keyframes", "arrays", "incidents", "checkpoint", "models", "metrics", "dashboard")
+
+
 def sizes(folder: RunFolder) -> dict[str, int]:
     """Bytes of each part of the folder."""
-    found = dict.fromkeys(("journal", "moments", "keyframes", "arrays", "incidents", "checkpoint", "models"), 0)
+    found = dict.fromkeys(PARTS, 0)
 
     def weigh(part: str, *paths: Path) -> None:
         found[part] += sum(p.stat().st_size for p in paths if p.is_file())
 
     weigh("journal", folder.journal)
+    weigh("metrics", *folder.metrics.rglob("*"))
+    weigh("dashboard", folder.dashboard)
     for array in folder.record.iterdir() if folder.record.is_dir() else ():
         part = "moments" if array.name in ("m", "v") else "arrays"
         weigh("keyframes" if array.name.startswith("keyframe_") else part, array, *array.rglob("*"))

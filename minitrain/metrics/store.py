@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from minitrain.errors import RunError
 from minitrain.metrics.table import CADENCES, FORMAT, FORMAT_VERSION, METRICS, MetricsLayout
 from minitrain.record.arrays import BlockWriter, read_chunk, shards, write_chunk, write_metadata
-from minitrain.record.layout import BLOCK, ArraySpec, metadata
+from minitrain.record.layout import ArraySpec, metadata
 from minitrain.run_folder import RunFolder, start_of
 
 
@@ -61,9 +61,10 @@ class MetricsWriter:
         for cadence in CADENCES:
             rows = known.get(cadence, [])
             self.last |= rows[-1] if rows else {}
-            block = len(rows) // BLOCK
-            self._writers[cadence] = BlockWriter(folder.metrics, layout.of(cadence), block)
-            for row in rows[block * BLOCK :]:
+            specs = layout.of(cadence)
+            full = len(rows) // specs[0].block if specs else 0
+            self._writers[cadence] = BlockWriter(folder.metrics, specs, full)
+            for row in rows[full * specs[0].block :] if specs else ():
                 self._writers[cadence].append(row)
 
     def append(self, cadence: str, row: Mapping[str, Any]) -> None:
@@ -93,9 +94,9 @@ def _values(folder: RunFolder, spec: ArraySpec, rows: int) -> NDArray[Any]:
     if not (folder.metrics / spec.name).is_dir():
         return values
     for block, _ in shards(folder.metrics, spec):
-        first = block * BLOCK
+        first = block * spec.block
         if first < rows:
-            values[first : first + BLOCK] = read_chunk(folder.metrics, spec, block, BLOCK)[: rows - first]
+            values[first : first + spec.block] = read_chunk(folder.metrics, spec, block, spec.block)[: rows - first]
     return values
 
 

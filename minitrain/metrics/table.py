@@ -46,8 +46,10 @@ METRICS = (
 )
 """In the order of the panels that show them; ``tensor`` and ``site`` as in tensors.py."""
 
-CADENCES = ("step", "measured_step", "examined_step", "val_step")
-"""Every step; every ``metrics.every``; every ``metrics.slow_every``; every validation."""
+BLOCKS = {"step": 512, "measured_step": 64, "examined_step": 64, "val_step": 64}
+"""The cadences: every step; every ``metrics.every``; every ``metrics.slow_every``; every validation. And how many rows
+a chunk has, which is written whole at each checkpoint."""
+CADENCES = tuple(BLOCKS)
 
 
 def activations(config: Config) -> list[str]:
@@ -109,6 +111,7 @@ class MetricsLayout:
                 (m.cadence, *m.axes),
                 tuple(len(self.labels[axis]) for axis in m.axes),
                 {"long_name": m.formula, "units": m.unit},
+                BLOCKS[m.cadence],
             )
             for m in METRICS
             if len(self.steps[m.cadence])
@@ -116,7 +119,11 @@ class MetricsLayout:
         if self.steps["examined_step"]:
             about = {"long_name": "where power iteration stands, matrix after matrix", "units": "1"}
             width = sum(self.widths.values())
-            specs.append(ArraySpec(VECTORS, "<f8", "blocks", ("examined_step", "component"), (width,), about))
+            specs.append(
+                ArraySpec(
+                    VECTORS, "<f8", "blocks", ("examined_step", "component"), (width,), about, BLOCKS["examined_step"]
+                )
+            )
         return {spec.name: spec for spec in specs}
 
     @cached_property

@@ -212,11 +212,12 @@ def check_index(folder: Path, spec: ArraySpec, shard: int, rows: int) -> None:
 
 
 class BlockWriter:
-    """Collects rows of the ``blocks`` arrays and writes a chunk of each when BLOCK are there."""
+    """Collects rows of ``blocks`` arrays of equal blocks, and writes a chunk of each when a block is full."""
 
     def __init__(self, folder: Path, specs: Sequence[ArraySpec], block: int) -> None:
         """Go on at the front of this block; it and later ones are dropped."""
         self._folder, self._specs, self._block = folder, specs, block
+        self._size = specs[0].block if specs else BLOCK
         self._rows: list[Mapping[str, Any]] = []
         for spec in specs:
             for number, path in shards(folder, spec):
@@ -226,7 +227,7 @@ class BlockWriter:
     def append(self, row: Mapping[str, Any]) -> None:
         """``row`` has a value for each array. Raises OSError."""
         self._rows.append(row)
-        if len(self._rows) == BLOCK:
+        if len(self._rows) == self._size:
             self.flush()
             self._rows.clear()
             self._block += 1
@@ -234,7 +235,7 @@ class BlockWriter:
     def flush(self) -> None:
         """Write what there is; the rest of the chunk is filled up. Raises OSError."""
         for spec in self._specs if self._rows else ():
-            values = np.full((BLOCK, *spec.shape), FILL[np.dtype(spec.dtype).kind], spec.dtype)
+            values = np.full((self._size, *spec.shape), FILL[np.dtype(spec.dtype).kind], spec.dtype)
             values[: len(self._rows)] = [row[spec.name] for row in self._rows]
             write_chunk(self._folder, spec, self._block, values)
 

@@ -35,6 +35,8 @@ class ArraySpec:
     dims: tuple[str, ...]
     shape: tuple[int, ...]
     attributes: Mapping[str, Any]
+    block: int = BLOCK
+    """Rows in a chunk of an array in blocks."""
 
     @cached_property
     def row_bytes(self) -> int:
@@ -144,7 +146,7 @@ def metadata(
     group = create_group(store=store, zarr_format=3, attributes=dict(attributes))
     for s in arrays:
         length = lengths[s.dims[0]]
-        chunk = {"rows": 1, "keyframes": 1, "blocks": BLOCK, "once": length}[s.form]
+        chunk = {"rows": 1, "keyframes": 1, "blocks": s.block, "once": length}[s.form]
         group.create_array(
             s.name,
             shape=(length, *s.shape),
