@@ -38,10 +38,14 @@
         if (line.spread && here && Number.isFinite(line.spread[i])) {
           row.low = line.value[i] - line.spread[i];
           row.high = line.value[i] + line.spread[i];
-          if (lane.log) row.low = Math.max(row.low, line.value[i] / 20);
         }
         rows.push(row);
       });
+    }
+    if (lane.log) {
+      /* A band that reaches to 0 or below ends at the bottom of the picture, and does not pull it down. */
+      const bottom = 0.8 * rows.reduce((low, row) => (row.value > 0 ? Math.min(low, row.value) : low), Infinity);
+      for (const row of rows) if (row.low < bottom) row.low = bottom;
     }
     return rows;
   }
