@@ -58,29 +58,29 @@ def recovery(series: Series, step: int, frozen: Usual) -> int | None:
     return int(back[0]) + 1 if len(back) else None
 
 
+def spike_steps(series: Series) -> NDArray[np.intp]:
+    """The steps after `WINDOW` whose number is more than `SPIKE` deviations above what was usual before them."""
+    numbers = np.asarray(series, np.float64)
+    if len(numbers) <= WINDOW + 1:
+        return np.empty(0, np.intp)
+    finite = np.isfinite(numbers)
+    windows = np.lib.stride_tricks.sliding_window_view(np.where(finite, numbers, 0.0), WINDOW)[1:-1]
+    there = np.lib.stride_tricks.sliding_window_view(finite, WINDOW)[1:-1]
+    count = np.maximum(there.sum(axis=1), 1)
+    mean = windows.sum(axis=1) / count
+    deviation = np.sqrt((np.where(there, windows - mean[:, np.newaxis], 0.0) ** 2).sum(axis=1) / count)
+    with np.errstate(invalid="ignore"):
+        over = (numbers[WINDOW + 1 :] > mean + SPIKE * deviation) & there.any(axis=1)
+    return np.flatnonzero(over) + WINDOW + 1
+
+
 def spikes(series: Series) -> list[Spike]:
     """Every step after `WINDOW` whose number is a spike, each held against the steps right before it."""
     found = []
-    for step in _perhaps(np.asarray(series, np.float64)):
+    for step in spike_steps(series).tolist():
         frozen = usual(series, step)
-        if series[step] > frozen.mean + SPIKE * frozen.deviation:
-            found.append(Spike(step, frozen.sigmas(series[step]), recovery(series, step, frozen)))
+        found.append(Spike(step, frozen.sigmas(series[step]), recovery(series, step, frozen)))
     return found
-
-
-def _perhaps(values: NDArray[np.float64]) -> list[int]:
-    """The steps that may be spikes and a few more: of 100,000 steps, all but some hundred are ruled out at once."""
-    if len(values) <= WINDOW + 1:
-        return []
-    finite = np.isfinite(values)
-    before = np.lib.stride_tricks.sliding_window_view(np.where(finite, values, 0.0), WINDOW)[1:-1]
-    count = np.lib.stride_tricks.sliding_window_view(finite, WINDOW)[1:-1].sum(1)
-    with np.errstate(all="ignore"):
-        mean = before.sum(1) / count
-        deviation = np.sqrt(np.maximum((before**2).sum(1) / count - mean**2, 0.0))
-        doubt = 1e-3 * deviation + 1e-6 * np.abs(mean)  # this is rounded otherwise than the mean that decides
-        ruled_out = values[WINDOW + 1 :] <= mean + SPIKE * deviation - doubt
-    return [int(i) + WINDOW + 1 for i in np.flatnonzero(~ruled_out & ~np.isnan(values[WINDOW + 1 :]))]
 
 
 def overfit_onset(steps: Series, val: Series, train: Series) -> int | None:

@@ -1,30 +1,8 @@
-"""What is measured of a run besides its losses and norms: a place holder for the real one, which reads metrics.zarr."""
+"""What is measured of a run while it trains: written beside the record, read back by name.
 
-from __future__ import annotations
+`Meter` is the listener that measures, `read_metrics` gives what a run has, `formulas` are the numbers themselves.
+"""
 
-from dataclasses import dataclass
+from minitrain.metrics.store import Series, read_metrics
 
-import numpy as np
-from numpy.typing import NDArray
-
-from minitrain.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class Series:
-    """One quantity over some steps."""
-
-    name: str
-    unit: str
-    steps: NDArray[np.int64]
-    """(S,)"""
-    values: NDArray[np.float32]
-    """(S, ...); NaN where nothing was measured, or nothing finite."""
-    labels: tuple[tuple[str, ...], ...]
-    """One tuple for each axis after the first."""
-    formula: str
-
-
-def read_metrics(folder: RunFolder) -> dict[str, Series]:
-    """Every series by name; none where the run measured nothing."""
-    return {}
+__all__ = ["Series", "read_metrics"]
