@@ -26,8 +26,9 @@
     const rows = [], buckets = lane.lines.length > 6 ? 250 : 600;
     for (const line of lane.lines) {
       settle(line);
-      const from = Math.max(0, indexOf(line.at, lane.lo()) - 1);
-      const to = Math.min(line.at.length, indexOf(line.at, lane.hi() + 1) + 1);
+      const beyond = line.stems ? 0 : 1;
+      const from = Math.max(0, indexOf(line.at, lane.lo()) - beyond);
+      const to = Math.min(line.at.length, indexOf(line.at, lane.hi() + 1) + beyond);
       const kept = extremes(line.value, from, to, buckets);
       const fits = (x) => Number.isFinite(x) && (!lane.log || x > 0);
       const few = line.points && kept.length <= 120;
