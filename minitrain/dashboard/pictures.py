@@ -219,8 +219,7 @@ def _many(runs: Runs, series: Callable[[RunData], tuple[Any, list[str], NDArray[
         ]
 
     if len(shown) < len(names):
-        what = f"{len(shown)} of {len(names)} are shown: those that changed most. "
-        more["help"] = what + more.get("help", "")
+        more["unit"] = "; ".join(filter(None, [more["unit"], f"{len(shown)} of {len(names)}: those that changed most"]))
     return Lane(lines=_named(runs, lines), **{key: value for key, value in more.items() if key != "spread"})
 
 
