@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from dashboards import HOSTILE, bare, broken, changed, healthy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -107,6 +107,7 @@ def test_every_text_of_the_data_is_escaped(runs):
     assert not re.search(r"<[^>]*alert\(1\)|>alert\(1\)", text)
 
 
+@settings(deadline=None)
 @given(st.recursive(st.text() | st.integers() | st.booleans(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
 def test_embedded_json_ends_no_script_and_reads_back(value):
     text = embedded(value)
@@ -134,6 +135,7 @@ def test_numbers_are_strict_json_and_every_line_has_its_colour(runs):
 # Numbers
 
 
+@settings(deadline=None)
 @given(
     arrays.arrays(np.float64, st.integers(0, 300), elements=st.floats(width=32)),
     st.integers(4, 40),

@@ -191,7 +191,7 @@
       if (value !== undefined) text.push(`${label} ${show(value)}`);
     }
     text.push(...page.marks.filter((m) => m.step === sight.step).map((m) => m.text));
-    text.push(...page.spikes.filter((s) => s.step === sight.step).map((s) => `spike +${s.sigmas}σ`));
+    text.push(...page.spikes.filter((s) => s.step === sight.step).map((s) => `spike${s.sigmas === null ? "" : ` +${s.sigmas}σ`}`));
     $("numbers").textContent = text.join("  ·  ");
     const commands = page.runs.filter((r) => sight.step >= r.recorded[0] && sight.step < r.recorded[1]);
     $("commands").replaceChildren(...commands.map((run) => commandRow(run.command.replace("{step}", sight.step))));

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from minitrain.dashboard.gather import Floats, RunData
+from minitrain.dashboard.gather import Floats, RunData, spike_size
 from minitrain.dashboard.selection import finite_rows, first_last, group_of, layer_name, layers_of
 from minitrain.metrics import Series
 from minitrain.report.words import count, number
@@ -16,7 +16,7 @@ from minitrain.schedule import lr_at
 ISOLATED = 30.0
 """Times the mean of the 100 steps before it: a gradient norm that stands alone."""
 TRANSPARENT = 0.05
-"""Of ln V: a train loss below it guesses better than language allows; as a rule the model sees its targets."""
+"""Of ln V: a train loss below it guesses better than language allows that has not been read before."""
 DOUBLED = 2.0
 """A factor in 200 steps that is growth or collapse."""
 BAD_INIT = 10.0
@@ -71,21 +71,20 @@ def loss(run: RunData) -> str:
     parts.append(_validation(run))
     clear = np.flatnonzero(run.mean_loss < TRANSPARENT * math.log(run.config.model.vocab_size))
     if len(clear):
-        parts.append(
-            f"train is under {number(TRANSPARENT * math.log(run.config.model.vocab_size))} from step "
-            f"{int(log.step[clear[0]]):,} on, which no language allows: can the model see its targets?"
-        )
+        limit = number(TRANSPARENT * math.log(run.config.model.vocab_size))
+        step = int(log.step[clear[0]])
+        parts.append(f"train is under {limit} from step {step:,} on: learnt by heart, or the model sees its targets")
     if run.onset is not None:
         parts.append(f"overfitting begins at step {run.onset:,}")
     if run.spikes:
-        worst = max(run.spikes, key=lambda s: s.sigmas)
-        largest = f"the largest +{worst.sigmas:.1f}σ at step {worst.step:,}"
+        worst = run.largest_spikes[0]
+        largest = f"the largest {spike_size(worst)} at step {worst.step:,}"
         parts.append(f"{count(len(run.spikes), 'spike')} over 3σ, {largest}")
     elif run.steps > 101:
         parts.append("no spike over 3σ")
     if log.broken:
         parts.append(f"step {log.broken[0]['step']:,} is the first of {len(log.broken):,} not finite")
-    return "; ".join(parts) + ("" if parts[-1].endswith("?") else ".")
+    return "; ".join(parts) + "."
 
 
 def _validation(run: RunData) -> str:
