@@ -47,11 +47,12 @@ cdef extern from "fpenv.h" nogil:
     uint64_t fpenv_enter() noexcept
     void fpenv_set(uint64_t value) noexcept
 
-cdef extern from "statistics.h" nogil:
+cdef extern from "tally.h" nogil:
     ctypedef struct Statistics:
         int64_t count, zeros, nan, inf
         double mean, mean_abs, variance, min, max, l2
-    void measure "statistics"(const void *x, int wide, int64_t n, Statistics *s) noexcept
+    ctypedef void (*Measure)(const void *x, int wide, int64_t n, Statistics *s) noexcept nogil
+    ctypedef void (*Merge)(Statistics *total, const Statistics *s) noexcept nogil
 
 cdef extern from *:
     """

@@ -3,6 +3,7 @@
 
 cdef struct Listening:                                   # of a hook, for those without the GIL
     int64_t every
+    bint totals                                          # a probe adds up what it measures
     int64_t step                                         # of its last call, -1 before
     bint removed
 
@@ -10,6 +11,7 @@ cdef struct Entry:                                       # one hook at one site
     int64_t at                                           # operations before the site
     Listening *hook
     Statistics *tally                                    # a probe's; NULL for a Python hook
+    Statistics *total
     const void *data
     int64_t count
     bint wide                                            # double, not float
@@ -19,8 +21,11 @@ cdef tuple told(const Statistics *s):
     return s.count, s.mean, s.mean_abs, s.variance, s.min, s.max, s.zeros, s.nan, s.inf, s.l2
 
 
-def statistics(x) -> tuple:
-    """Count, mean, mean of |x|, population variance, min, max, zeros, NaN, Inf and L2 norm of a contiguous array."""
+def statistics(x, size_t measure) -> tuple:
+    """Count, mean, mean of |x|, population variance, min, max, zeros, NaN, Inf and L2 norm of a contiguous array.
+
+    ``measure`` is where an instruction set has its `statistics`.
+    """
     cdef Statistics s
     cdef bint wide = x.itemsize == sizeof(double)
     cdef size_t data = x.ctypes.data
@@ -30,34 +35,47 @@ def statistics(x) -> tuple:
         raise ValueError(f"expected contiguous float32 or float64, got {x.dtype} with strides {x.strides}")
     with nogil:
         environment = fpenv_enter()
-        measure(<const void *>data, wide, count, &s)
+        (<Measure>measure)(<const void *>data, wide, count, &s)
         fpenv_set(environment)
     return told(&s)
 
 
 cdef class Tally:
-    """What a probe has last measured at one site."""
+    """What a probe has measured at one site: the last time, and in all."""
 
     cdef Statistics s
+    cdef Statistics sum
 
     def __cinit__(self):
-        self.s.count = -1
+        self.s.count = self.sum.count = -1
 
     def told(self) -> tuple:
         """As `statistics` gives them, or None where the probe has not fired yet."""
         return told(&self.s) if self.s.count >= 0 else None
 
+    def total(self) -> tuple:
+        """Of all that was measured since `reset`, as if it had been one tensor; None where there is none."""
+        return told(&self.sum) if self.sum.count >= 0 else None
+
+    def reset(self) -> None:
+        """Forget both."""
+        self.s.count = self.sum.count = -1
+
 
 cdef class Hook:
-    """``call(site, view)`` at every step that is a multiple of ``every``; a probe where ``call`` is None."""
+    """``call(site, view)`` at every step that is a multiple of ``every``; a probe where ``call`` is None.
+
+    With ``totals`` a probe also adds up what it measures.
+    """
 
     cdef Listening listening
     cdef readonly object call
     cdef readonly dict tallies
 
-    def __cinit__(self, call, int64_t every):
+    def __cinit__(self, call, int64_t every, bint totals=False):
         self.call = call
         self.tallies = {}
+        self.listening.totals = totals
         self.listening.every = every
         self.listening.step = -1
 
@@ -83,8 +101,10 @@ cdef class Roll:
     cdef Entry *entries
     cdef int64_t length
     cdef list _calls                                     # (hook, site, view), which the entries' addresses live in
+    cdef Measure measure
+    cdef Merge merge
 
-    def __cinit__(self, list heard):
+    def __cinit__(self, list heard, size_t measure, size_t merge):
         cdef Entry *entry
         cdef Hook hook
         cdef Tally tally
@@ -92,6 +112,8 @@ cdef class Roll:
         if self.entries == NULL:
             raise MemoryError
         self._calls = []
+        self.measure = <Measure>measure
+        self.merge = <Merge>merge
         for at, site, view, hook in heard:
             entry = self.entries + self.length
             entry.at = at
@@ -102,6 +124,7 @@ cdef class Roll:
             if hook.call is None:
                 tally = hook.tallies.setdefault(site, Tally())
                 entry.tally = &tally.s
+                entry.total = &tally.sum
             self._calls.append((hook, site, view))
             self.length += 1
 
@@ -146,7 +169,9 @@ cdef class Roll:
                     if i == self.length or self.entries[i].tally == NULL:
                         break
                     entry = self.entries + i
-                    measure(entry.data, entry.wide, entry.count, entry.tally)
+                    self.measure(entry.data, entry.wide, entry.count, entry.tally)
+                    if entry.hook.totals:
+                        self.merge(entry.total, entry.tally)
                     i += 1
                 fpenv_set(environment)
             if forked:

@@ -56,6 +56,12 @@ def _kernels(isa: str) -> ModuleType:
     return importlib.import_module(f"minitrain._ext.kernels_{isa}")
 
 
+def probes() -> tuple[int, int]:
+    """Where the statistics of probes stand, and their sum. Raises MinitrainError as `instruction_set` does."""
+    measure, merge = _kernels(instruction_set()).probes()
+    return measure, merge
+
+
 @functools.cache
 def _warn_of_slowness() -> None:
     """Once a process, on stderr; not to those who ask for the portable kernels by name."""
@@ -150,7 +156,7 @@ class Plan:
         self._program = backend.program()
         self.kernels: list[str] = []
         self._sites: list[tuple[int, str, NDArray[Any]]] = []
-        self._roll = engine.Roll([])
+        self._roll: engine.Roll | None = None
         self._called: tuple[Listeners | None, int] = None, 0  # who is on the roll
 
     def add(self, kernel: str, *arguments: Any) -> None:
@@ -174,11 +180,10 @@ class Plan:
         if not listeners:
             self._program.run(0, len(self.kernels))
             return
-        if self._called[0] is not listeners or self._called[1] != listeners.version:
+        if self._roll is None or self._called[0] is not listeners or self._called[1] != listeners.version:
             self._called = listeners, listeners.version
-            self._roll = engine.Roll(
-                [(at, name, _shown(x), hook) for at, name, x in self._sites for hook in listeners.at(name)]
-            )
+            heard = [(at, name, _shown(x), hook) for at, name, x in self._sites for hook in listeners.at(name)]
+            self._roll = engine.Roll(heard, *probes())
         self._roll.run(self._program.runner, listeners.step, listeners.failed)
 
     def run_part(self, first: int, last: int) -> None:

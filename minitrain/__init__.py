@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from minitrain.config import Config as Config
     from minitrain.config import load_config as load_config
     from minitrain.data.batches import Batch as Batch
+    from minitrain.inspector import Inspector as Inspector
     from minitrain.loop import evaluate as evaluate
     from minitrain.loop import set_seed as set_seed
     from minitrain.loop import train as train
@@ -27,6 +28,7 @@ _HOME = {
     "AdamW": "optim",
     "Batch": "data.batches",
     "Config": "config",
+    "Inspector": "inspector",
     "MiniGPT": "model",
     "Scheduler": "schedule",
     "evaluate": "loop",

@@ -14,7 +14,7 @@ import click
 
 from minitrain.errors import MinitrainError, RunError, did_you_mean
 
-COMMANDS = ("train", "replay", "verify", "diff", "info", "experiment", "sample", "selftest")
+COMMANDS = ("train", "replay", "verify", "diff", "info", "dashboard", "experiment", "sample", "selftest")
 """In the order of ``--help``. Each is ``command`` in a module of its name, which is loaded when it is asked for."""
 
 INTERRUPTED = 130  # what shells report for a process ended by SIGINT

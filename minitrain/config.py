@@ -1,4 +1,4 @@
-"""The configuration of a run: six sections of a YAML file and a list, each with a default, every key checked.
+"""The configuration of a run: seven sections of a YAML file and a list, each with a default, every key checked.
 
 `load_config` reads a file, lays ``section.key=value`` overrides over it and checks the result. Whatever is
 wrong is told at once, a line for each mistake: the key, what was expected, what came, and where it stands.
@@ -34,9 +34,13 @@ NOT_HASHED = (
     "record.keyframe_every",
     "record.sites",
     "record.on_error",
+    "metrics.enabled",
+    "metrics.every",
+    "metrics.slow_every",
+    "metrics.probe",
 )
 """Keys outside the config hash, because no bit of a run depends on them: threads never touch the order of a
-sum, and the console, the checkpoints and the recorder only look. Every other key may move a bit."""
+sum, and the console, the checkpoints, the recorder and the metrics only look. Every other key may move a bit."""
 
 
 def _integer(low: int, high: int) -> Any:
@@ -192,6 +196,17 @@ class RecordConfig(_Section):
     on_error: Literal["stop", "continue"] = "stop"
 
 
+class MetricsConfig(_Section):
+    """How often the run is looked into (docs/metrics.md): sites and tensors `every` so many steps, heads and matrices
+    `slow_every`; `probe` is how many training sentences are held against the validation text.
+    """
+
+    enabled: Flag = True
+    every: Count = 10
+    slow_every: Count = 50
+    probe: CountOrZero = 32
+
+
 class Injection(_Section):
     """A fault that is caused on purpose at ``step`` (a setting: from there on); inject.py has the table of names.
 
@@ -217,6 +232,7 @@ class Config(_Section):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     record: RecordConfig = Field(default_factory=RecordConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
     injections: list[Injection] = Field(default_factory=list)
 
 

@@ -23,13 +23,12 @@ from minitrain.data.tokenizer import PAD, Tokenizer
 from minitrain.errors import ConfigError, did_you_mean
 from minitrain.hooks import Hooks
 from minitrain.state import State
-from minitrain.tensors import Tensors, activation_table, parameter_table, sites
+from minitrain.tensors import KINDS, Tensors, activation_table, parameter_table, sites
 
 Point = Literal["batch", "site", "gradients", "optimizer", "lr", "state"]
 T = TypeVar("T")
 
 SENTENCE = "She has written the letter."
-KINDS = ("param", "m", "v")
 
 
 class Fault(NamedTuple):

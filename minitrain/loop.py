@@ -70,6 +70,10 @@ class Listener(Protocol):
         """Step t has left state t+1."""
         return None
 
+    def evaluated(self, batch: Batch) -> None:
+        """A batch of a validation has been run; its activations stand in the model."""
+        return None
+
     def validated(self, step: int, result: Evaluation) -> None:
         """State ``step`` has been validated."""
         return None
@@ -115,11 +119,16 @@ def watched_step(
     return stats
 
 
-def evaluate(model: MiniGPT, val_iter: Iterable[Batch]) -> Evaluation:
-    """Loss over every token of ``val_iter``: no gradients, no dropout, no random numbers, no change to training."""
+def evaluate(model: MiniGPT, val_iter: Iterable[Batch], listeners: Sequence[Listener] = ()) -> Evaluation:
+    """Loss over every token of ``val_iter``: no gradients, no dropout, no random numbers, no change to training.
+
+    ``listeners`` are told of each batch.
+    """
     total, tokens = 0.0, 0
     for batch in val_iter:
         model.forward(batch.inputs, batch.targets, batch.attn_pad_mask, batch.loss_mask, training=False)
+        for listener in listeners:
+            listener.evaluated(batch)
         loss_sum, count = model.loss_sum
         total += loss_sum
         tokens += count
@@ -189,7 +198,7 @@ def train(
     next_batch = _batches(train_iter)
 
     def validate(step: int) -> None:
-        result = metrics.validations[step] = evaluate(model, val_iter)
+        result = metrics.validations[step] = evaluate(model, val_iter, listeners)
         for listener in listeners:
             listener.validated(step, result)
 

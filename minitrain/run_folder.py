@@ -13,6 +13,8 @@ README.md             the run told in words
 journal.msgpack       what every step read and left, a frame a step; stands behind all the rest of the record
 record.zarr/          the same and the moments of every step as arrays, and whole states now and then (FORMAT.md)
 incidents/            whole states at the moment when something was found to be wrong
+metrics.zarr/         what was measured on the way: activations, gradients, spectral norms ... (docs/metrics.md)
+dashboard.html        seven panels that show it
 COMPLETE              written last
 ====================  ============================================================================================
 """
@@ -61,6 +63,8 @@ class RunFolder:
         self.journal = path / "journal.msgpack"
         self.record = path / "record.zarr"
         self.incidents = path / "incidents"
+        self.metrics = path / "metrics.zarr"
+        self.dashboard = path / "dashboard.html"
 
     @contextmanager
     def hold(self, *, new: bool) -> Iterator[None]:
@@ -246,8 +250,10 @@ class LogWriter:
             }
         )
 
-    def validation(self, step: int, loss: float, perplexity: float) -> None:
-        self._write({"step": step, "val_loss": loss, "val_ppl": perplexity})
+    def validation(self, step: int, loss: float, perplexity: float, metrics: Mapping[str, float] | None = None) -> None:
+        """``metrics`` is the summary of what was measured since the validation before, where anything was."""
+        more = {"metrics": dict(metrics)} if metrics else {}
+        self._write({"step": step, "val_loss": loss, "val_ppl": perplexity, **more})
 
     def _write(self, line: dict[str, Any]) -> None:
         bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]

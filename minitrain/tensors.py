@@ -150,6 +150,25 @@ def sites(c: ModelConfig) -> list[str]:
     return [*forward, "loss", *order, *update]
 
 
+KINDS = ("param", "m", "v")
+"""What a state is made of: what the names of its sites begin with."""
+
+
+def phase_of(site: str) -> str:
+    """The phase in which a site is passed."""
+    if site.startswith(("grad:", "grad.")):
+        return "backward"
+    if site.startswith(tuple(f"{kind}." for kind in KINDS)):
+        return "update"
+    return "clip" if site == "clip" else "forward"
+
+
+def parameter_of(site: str) -> str | None:
+    """The parameter that a site is about, such as ``ln_f.bias`` of ``grad.ln_f.bias``; None where it is about none."""
+    kind, _, name = site.partition(".")
+    return name if kind in (*KINDS, "grad") else None
+
+
 class Tensors(Mapping[str, NDArray[np.float32]]):
     """Named views into one flat float32 buffer: parameters, gradients, m or v.
 

@@ -133,5 +133,8 @@ class Progress:
         text = f"loss {stats.loss:.3f}  lr {stats.lr:.1e}  norm {stats.grad_norm:.2f}  {rate / 1000:.0f}k tok/s"
         self._bar.update(self._task, completed=state.step, description=self._name + text)
 
+    def evaluated(self, batch: Any) -> None:
+        pass
+
     def validated(self, step: int, result: Any) -> None:
         self._tokens, self._clock = 0, perf_counter()  # the rate is that of training

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from minitrain._ext.signatures import NUMERICS_VERSION
 from minitrain.assembly import Parts, assemble, prepare_data, require_memory
 from minitrain.checkpoint import load_checkpoint, save_checkpoint, save_model
 from minitrain.config import Config, config_hash, to_yaml
+from minitrain.dashboard import write_dashboard
 from minitrain.data.batches import EvalBatches
 from minitrain.data.prepare import Prepared
 from minitrain.environment import git_state, hardware, peak_rss_mb, versions
@@ -24,6 +25,7 @@ from minitrain.errors import RunError
 from minitrain.files import write_atomic, write_json
 from minitrain.inject import resolved
 from minitrain.loop import Evaluation, Listener, Metrics, StepStats, evaluate, perplexity, train
+from minitrain.metrics.meter import Meter
 from minitrain.model import MiniGPT
 from minitrain.record.journal import FINGERPRINT
 from minitrain.record.layout import Layout, layout_of
@@ -106,7 +108,10 @@ def run(
                 write_checkpoint(folder, config, parts)
             told = manifest(config, data, parts.model, command_line, experiment, origin.parent if origin else None)
             write_json(folder.manifest, told)
-        with recording(folder, config, parts) as recorder, closing(Keeper(folder, config, parts, recorder)) as keeper:
+        with ExitStack() as open_:
+            recorder = open_.enter_context(recording(folder, config, parts))
+            meter = open_.enter_context(measuring(folder, config, data, parts))
+            keeper = open_.enter_context(closing(Keeper(folder, config, parts, recorder, meter)))
             metrics = train(
                 parts.model,
                 parts.optimizer,
@@ -117,7 +122,11 @@ def run(
                 config.training.val_every,
                 config.training.log_every,
                 config.training.rng_seed,
-                listeners=[*([recorder] if recorder else []), keeper, *(make(parts) for make in watchers), *listeners],
+                listeners=[
+                    *(one for one in (recorder, meter, keeper) if one),
+                    *(make(parts) for make in watchers),
+                    *listeners,
+                ],
                 injector=parts.injector,
                 on_nonfinite=config.training.on_nonfinite,
                 stop=stop,
@@ -136,12 +145,14 @@ def require_unfinished(folder: RunFolder, config: Config) -> None:
     """Raises RunError unless a run stands there that ``config`` made and that is not complete."""
     folder.require_run()
     folder.require_config(config)
-    stored = folder.stored_config().record
-    if stored.model_copy(update={"on_error": config.record.on_error}) != config.record:
-        raise RunError(
-            f"--resume {folder.path}: expected the settings of record that the run began with, "
-            f"{stored.model_dump()}, got {config.record.model_dump()}; resume with those, or start a new run"
-        )
+    stored = folder.stored_config()
+    record = stored.record.model_copy(update={"on_error": config.record.on_error})
+    for section, then, now in (("record", record, config.record), ("metrics", stored.metrics, config.metrics)):
+        if then != now:
+            raise RunError(
+                f"--resume {folder.path}: expected the settings of {section} that the run began with, "
+                f"{then.model_dump()}, got {now.model_dump()}; resume with those, or start a new run"
+            )
     if folder.complete.exists():
         raise RunError(
             f"--resume {folder.path}: expected an unfinished run, got a complete one; start a new one with --out-dir"
@@ -159,6 +170,13 @@ def recording(folder: RunFolder, config: Config, parts: Parts) -> AbstractContex
         return nullcontext()
     told = folder.read_manifest()
     return closing(Recorder(folder, config, parts, {key: told[key] for key in FINGERPRINT}, start_of(told)))
+
+
+def measuring(folder: RunFolder, config: Config, data: Prepared, parts: Parts) -> AbstractContextManager[Meter | None]:
+    """The meter of this run, or none."""
+    if not config.metrics.enabled:
+        return nullcontext()
+    return closing(Meter(folder, config, data, parts, start_of(folder.read_manifest())))
 
 
 def announcement(folder: RunFolder, layout: Layout) -> str:
@@ -231,6 +249,7 @@ def finish(
     results["peak_rss_mb"] = peak_rss_mb()  # most of it was the picture's
     report.write_page(folder, config, results, data.baseline["best_perplexity"])
     write_json(folder.results, finite_or_none(results))
+    write_dashboard(folder)
     if metrics.ended == "complete":
         write_atomic(folder.complete, digest + "\n")
     return results
@@ -243,14 +262,22 @@ class Keeper(Listener):
     """Of ln V: a loss that stays above it is a run near chance (4.0 at a vocabulary of 64)."""
     WINDOW = 200
 
-    def __init__(self, folder: RunFolder, config: Config, parts: Parts, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: Config,
+        parts: Parts,
+        recorder: Recorder | None = None,
+        meter: Meter | None = None,
+    ) -> None:
         """Go on with the log at the current step. Raises RunError if a step before it is missing there."""
         self.alerts: list[str] = []
         self.earlier: dict[int, Evaluation] = {}
         """The validations of the processes before this one."""
         self.first_nonfinite: int | None = None
         self.last_loss = math.nan
-        self._folder, self._config, self._parts, self._recorder = folder, config, parts, recorder
+        self._folder, self._config, self._parts = folder, config, parts
+        self._recorder, self._meter = recorder, meter
         self._chance = self.PLATEAU * math.log(config.model.vocab_size)
         self._low = math.inf
         self._first = self._steps = start_of(folder.read_manifest())
@@ -290,14 +317,16 @@ class Keeper(Listener):
             self._log.skip_time()
 
     def validated(self, step: int, result: Evaluation) -> None:
-        self._log.validation(step, result.loss, result.perplexity)
+        self._log.validation(step, result.loss, result.perplexity, self._meter.summary() if self._meter else None)
         self._log.skip_time()
 
     def save(self, state: State) -> None:
-        """A checkpoint, and before it the log and the record up to there."""
+        """A checkpoint, and before it the log, the record and the metrics up to there."""
         self._log.sync()
         if self._recorder:
             self._recorder.settle()
+        if self._meter:
+            self._meter.save()
         write_checkpoint(self._folder, self._config, self._parts)
 
     def close(self) -> None:

@@ -17,9 +17,9 @@ from minitrain.record.recorded import open_run
 from minitrain.replay.causes import Remedy, remedy
 from minitrain.replay.rerun import Rerun, rerun
 from minitrain.replay.source import RecordedRun, require_match, span
-from minitrain.replay.verifier import phase_of
 from minitrain.replay.which_step import Search, Searcher
 from minitrain.replay.within_step import Finding, Place, examine
+from minitrain.tensors import phase_of
 
 
 class Sample(NamedTuple):

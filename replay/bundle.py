@@ -27,13 +27,12 @@ from minitrain.config import Config, config_from
 from minitrain.data.batches import Batch
 from minitrain.errors import RunError
 from minitrain.files import write_atomic
-from minitrain.record.digests import KINDS
 from minitrain.record.journal import SCALARS, Frame
 from minitrain.replay.source import Batches, Source
 from minitrain.replay.states import empty_state, named_tensors, read_arrays, read_state, require_arrays
 from minitrain.run_folder import SCHEMA_VERSION
 from minitrain.state import State, copy_state
-from minitrain.tensors import sites
+from minitrain.tensors import KINDS, sites
 
 FORMAT = "minitrain-bundle"
 FORMAT_VERSION = 1

@@ -17,9 +17,8 @@ from minitrain.optim import AdamW
 from minitrain.record.digests import state_digests
 from minitrain.replay.elements import Elements, compare
 from minitrain.replay.rerun import Rerun
-from minitrain.replay.verifier import parameter_of
 from minitrain.state import State
-from minitrain.tensors import sites
+from minitrain.tensors import parameter_of, sites
 
 
 @dataclass(frozen=True)

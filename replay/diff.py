@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from minitrain.config import differing_keys
 from minitrain.errors import RunError
-from minitrain.record.digests import KINDS
 from minitrain.record.journal import FINGERPRINT, Frame
 from minitrain.record.recorded import Run
 from minitrain.replay.evidence import distance
@@ -23,8 +22,8 @@ from minitrain.replay.fingerprint import environment
 from minitrain.replay.replayer import Replay
 from minitrain.replay.source import RecordedRun, span
 from minitrain.replay.states import named_tensors
-from minitrain.replay.verifier import double_bits, phase_of
-from minitrain.tensors import canonical_bits, parameter_table, sites
+from minitrain.replay.verifier import double_bits
+from minitrain.tensors import KINDS, canonical_bits, parameter_table, phase_of, sites
 
 
 class Recorded(NamedTuple):

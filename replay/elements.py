@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from minitrain.errors import RunError
 from minitrain.model import make_backend
 from minitrain.optim import Recurrence
-from minitrain.record.digests import KINDS, groups, tensor_digest
+from minitrain.record.digests import groups, tensor_digest
 from minitrain.replay.rerun import Rerun
 from minitrain.replay.which_step import first_nonfinite
 from minitrain.state import State
-from minitrain.tensors import Tensors, canonical_bits
+from minitrain.tensors import KINDS, Tensors, canonical_bits
 
 Floats = NDArray[np.float32]
 BITS_TRIED, NANS_TRIED = 4096, 32768

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from minitrain.record.digests import KINDS, groups
+from minitrain.record.digests import groups
 from minitrain.replay.source import Source
-from minitrain.replay.verifier import Difference, parameter_of
+from minitrain.replay.verifier import Difference
 from minitrain.state import State
-from minitrain.tensors import canonical_bits
+from minitrain.tensors import KINDS, canonical_bits, parameter_of
 
 NUMBERS = ("batch.rows", "rng.training_control", "rng.data", "tokens")
 """Sites that stand for whole numbers."""

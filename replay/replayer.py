@@ -22,8 +22,9 @@ from minitrain.replay.bundle import open_bundle
 from minitrain.replay.evidence import Divergence, locate
 from minitrain.replay.machine import Machine
 from minitrain.replay.source import RecordedRun, Source, require_match, span
-from minitrain.replay.verifier import Difference, phase_of
+from minitrain.replay.verifier import Difference
 from minitrain.state import State
+from minitrain.tensors import phase_of
 
 
 class SiteReport(NamedTuple):
@@ -142,6 +143,11 @@ class Live:
 
     def __init__(self, replay: Replay) -> None:
         self._source, self._machine = replay.source, replay.machine
+
+    @property
+    def hooks(self) -> Hooks:
+        """Where to listen: `minitrain.Inspector` takes this step for it."""
+        return self._machine.hooks
 
     @property
     def state(self) -> State:

@@ -14,10 +14,10 @@ from minitrain.record.journal import Frame
 from minitrain.replay.machine import Machine
 from minitrain.replay.source import RecordedRun
 from minitrain.replay.states import empty_state
-from minitrain.replay.verifier import Difference, phase_of
+from minitrain.replay.verifier import Difference
 from minitrain.replay.which_step import start_of
 from minitrain.state import State, copy_state
-from minitrain.tensors import Tensors, parameter_table, shared, sites
+from minitrain.tensors import Tensors, parameter_table, phase_of, shared, sites
 
 BEFORE = 5
 """Steps before the faulty one whose activations are told."""

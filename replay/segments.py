@@ -22,16 +22,16 @@ import numpy as np
 
 from minitrain.errors import RunError
 from minitrain.record.audit import Damage, audit
-from minitrain.record.digests import KINDS, groups
+from minitrain.record.digests import groups
 from minitrain.record.recorded import Run
 from minitrain.replay.machine import Machine
 from minitrain.replay.onward import state_behind
 from minitrain.replay.origin import FirstState, first_state
 from minitrain.replay.recurrence import RecurrenceReport, SegmentRecurrence, unable
 from minitrain.replay.source import RecordedRun, memory_change, require_match
-from minitrain.replay.verifier import Difference, parameter_of
+from minitrain.replay.verifier import Difference
 from minitrain.state import State
-from minitrain.tensors import canonical_bits, parameter_table
+from minitrain.tensors import KINDS, canonical_bits, parameter_of, parameter_table
 
 
 class Fault(NamedTuple):

@@ -15,13 +15,13 @@ from minitrain.config import Config
 from minitrain.data.batches import Batch, TrainBatches
 from minitrain.data.prepare import Prepared
 from minitrain.errors import RunError
-from minitrain.record.digests import KINDS, state_digests
+from minitrain.record.digests import state_digests
 from minitrain.record.journal import Frame
 from minitrain.record.recorded import Run
 from minitrain.replay.fingerprint import mismatches
 from minitrain.replay.states import initial_state, read_arrays, read_state
 from minitrain.state import State
-from minitrain.tensors import parameter_table
+from minitrain.tensors import KINDS, parameter_table
 
 
 class Batches(Protocol):

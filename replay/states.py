@@ -14,9 +14,9 @@ from minitrain._ext.engine import Environment
 from minitrain.config import Config
 from minitrain.errors import RunError
 from minitrain.model import initialise
-from minitrain.record.digests import KINDS, groups
+from minitrain.record.digests import groups
 from minitrain.state import State
-from minitrain.tensors import Tensors, parameter_table
+from minitrain.tensors import KINDS, Tensors, parameter_table
 
 
 def empty_state(config: Config, step: int) -> State:

@@ -14,10 +14,10 @@ from minitrain.config import Config
 from minitrain.data.batches import Batch
 from minitrain.hooks import Hooks
 from minitrain.loop import Listener, StepStats
-from minitrain.record.digests import KINDS, Positions, batch_digest, groups, rng_words, state_digests, tensor_digest
+from minitrain.record.digests import Positions, batch_digest, groups, rng_words, state_digests, tensor_digest
 from minitrain.record.journal import Frame, canonical
 from minitrain.state import State
-from minitrain.tensors import parameter_table, sites
+from minitrain.tensors import KINDS, parameter_table, phase_of, sites
 
 PHASES = ("data", "state", "forward", "backward", "clip", "update")
 """In the order of time. ``data`` and ``state`` are what the step reads."""
@@ -34,21 +34,6 @@ class Difference(NamedTuple):
     """The site, or what stands for one; before the forward pass, the tensor as it was read."""
     recorded: int
     replayed: int
-
-
-def phase_of(site: str) -> str:
-    """The phase in which a site is passed."""
-    if site.startswith(("grad:", "grad.")):
-        return "backward"
-    if site.startswith(tuple(f"{kind}." for kind in KINDS)):
-        return "update"
-    return "clip" if site == "clip" else "forward"
-
-
-def parameter_of(site: str) -> str | None:
-    """The parameter that a site is about, such as ``ln_f.bias`` of ``grad.ln_f.bias``; None where it is about none."""
-    kind, _, name = site.partition(".")
-    return name if kind in (*KINDS, "grad") else None
 
 
 def double_bits(number: float) -> int:

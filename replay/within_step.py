@@ -13,14 +13,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from minitrain.errors import RunError
-from minitrain.record.digests import KINDS, groups, state_digests, tensor_digest
+from minitrain.record.digests import groups, state_digests, tensor_digest
 from minitrain.replay.counterfactual import Explained, explain
 from minitrain.replay.elements import Elements, compare, of_state, search
 from minitrain.replay.rerun import Rerun
 from minitrain.replay.states import read_arrays
-from minitrain.replay.verifier import Difference, double_bits, parameter_of, phase_of
+from minitrain.replay.verifier import Difference, double_bits
 from minitrain.replay.which_step import Suspect
-from minitrain.tensors import canonical_bits, shared, sites
+from minitrain.tensors import KINDS, canonical_bits, parameter_of, phase_of, shared, sites
 
 Verdict = Literal["arithmetic", "stored_state", "data", "schedule", "transient"]
 

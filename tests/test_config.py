@@ -248,7 +248,10 @@ def test_the_proposed_width_fits(head):
         ),
         ("modle.n_head=3", "modle: unknown section; did you mean 'model'? (--set)"),
         ("clip.x=3", "clip: unknown section; 'clip' belongs to optimizer (--set)"),
-        ("xyz.x=3", "xyz: unknown section; known are model, optimizer, scheduler, training, data, record (--set)"),
+        (
+            "xyz.x=3",
+            "xyz: unknown section; known are model, optimizer, scheduler, training, data, record, metrics (--set)",
+        ),
         (
             "n_layer=3",
             "--set n_layer=3: expected section.key=value, as in model.n_layer=4; 'n_layer' belongs to model",
@@ -285,7 +288,7 @@ def test_every_mistake_is_told_at_once_with_its_line(write):
         f"data_seed, checkpoint_every, on_nonfinite, threads, dtype, backend ({path}:10)",
         f"data: expected a mapping of keys to values, got 3 ({path}:8)",
         f"trainning: unknown section; did you mean 'training'? ({path}:7)",
-        f"1: unknown section; known are model, optimizer, scheduler, training, data, record ({path}:9)",
+        f"1: unknown section; known are model, optimizer, scheduler, training, data, record, metrics ({path}:9)",
     ]
 
 

@@ -16,6 +16,9 @@ import pytest
 import minitrain
 from minitrain import _ext
 
+PAGE = (".html", ".css", ".js")
+"""What the dashboard is made of."""
+
 
 def project(repository: Path) -> dict:
     return tomllib.loads((repository / "pyproject.toml").read_text())
@@ -80,6 +83,6 @@ def test_an_installation_holds_only_the_package():
     inside = [path for path in files if path.parts[0] != ".."]  # above are the scripts
     assert {path.parts[0] for path in inside} == {"minitrain"}
     assert "py.typed" in {path.name for path in inside}
-    assert {path.suffix for path in inside} <= {".py", ".pyc", ".pyi", ".so", ".typed", ".yaml"}
+    assert {path.suffix for path in inside} <= {".py", ".pyc", ".pyi", ".so", ".typed", ".yaml", *PAGE}
     compiled = {path.name.partition(".")[0] for path in inside if path.suffix == ".so"}
     assert compiled == {path.stem for path in inside if path.suffix == ".pyi"}

@@ -147,7 +147,7 @@ def test_statistics_of_sites(healthy):
     for row in report.sites:
         x = seen[row.site]
         assert (row.finite, row.min, row.max) == (True, x.min(), x.max())
-        assert row.mean_abs == pytest.approx(np.abs(x).mean(), rel=1e-12)
+        assert row.mean_abs == pytest.approx(np.abs(x).mean(), rel=4e-6)  # sums of float32, as statistics.h says
 
 
 # What went wrong in the run that was recorded

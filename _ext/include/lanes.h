@@ -45,6 +45,10 @@ INLINE V vand_int(V a, uint32_t b) { return _mm512_castsi512_ps(_mm512_and_si512
 INLINE V vor_int(V a, uint32_t b) { return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a), _mm512_set1_epi32((int)b))); }
 #define VSHIFT_LEFT(a, n) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), n))
 #define VSHIFT_RIGHT(a, n) _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(a), n))
+INLINE V vcount_zeros(V count, V a) {  // lanes of integers: one more where a is 0.0 or -0.0
+  __m512i n = _mm512_castps_si512(count);
+  return _mm512_castsi512_ps(_mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_EQ_OQ), n, _mm512_set1_epi32(1)));
+}
 INLINE V vint_to_float(V a) { return _mm512_cvtepi32_ps(_mm512_castps_si512(a)); }
 INLINE __m256 vhalf_low(V a) { return _mm512_castps512_ps256(a); }
 INLINE __m256 vhalf_high(V a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
@@ -100,6 +104,10 @@ INLINE V vand_int(V a, uint32_t b) { __m256 t = as_float(_mm256_set1_epi32((int)
 INLINE V vor_int(V a, uint32_t b) { __m256 t = as_float(_mm256_set1_epi32((int)b)); return BOTH(_mm256_or_ps(a.lo, t), _mm256_or_ps(a.hi, t)); }
 #define VSHIFT_LEFT(a, n) BOTH(as_float(_mm256_slli_epi32(as_int((a).lo), n)), as_float(_mm256_slli_epi32(as_int((a).hi), n)))
 #define VSHIFT_RIGHT(a, n) BOTH(as_float(_mm256_srli_epi32(as_int((a).lo), n)), as_float(_mm256_srli_epi32(as_int((a).hi), n)))
+INLINE __m256 count_zeros8(__m256 count, __m256 a) {
+  return as_float(_mm256_sub_epi32(as_int(count), as_int(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_EQ_OQ))));
+}
+INLINE V vcount_zeros(V count, V a) { return EACH_HALF(count_zeros8, count, a); }
 INLINE V vint_to_float(V a) { return BOTH(_mm256_cvtepi32_ps(as_int(a.lo)), _mm256_cvtepi32_ps(as_int(a.hi))); }
 INLINE __m256 vhalf_low(V a) { return a.lo; }
 INLINE __m256 vhalf_high(V a) { return a.hi; }
@@ -136,6 +144,7 @@ INLINE V vshift_left(V a, int n) { EACH_BITS(float_bits(a.f[i]) << n); }
 INLINE V vshift_right(V a, int n) { EACH_BITS(float_bits(a.f[i]) >> n); }
 #define VSHIFT_LEFT(a, n) vshift_left(a, n)
 #define VSHIFT_RIGHT(a, n) vshift_right(a, n)
+INLINE V vcount_zeros(V count, V a) { EACH_BITS(float_bits(count.f[i]) + (a.f[i] == 0)); }
 INLINE V vint_to_float(V a) { EACH_LANE((float)(int32_t)float_bits(a.f[i])); }
 #endif
 

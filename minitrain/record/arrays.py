@@ -33,12 +33,17 @@ Array = NDArray[Any]
 
 def create(folder: Path, layout: Layout) -> None:
     """Write the metadata and the arrays that are known from the start; what else stands there stays."""
-    folder.mkdir(exist_ok=True)
-    for path, content in layout.metadata().items():
-        (folder / path).parent.mkdir(exist_ok=True)
-        write_atomic(folder / path, content)
+    write_metadata(folder, layout.metadata())
     write_chunk(folder, layout.arrays["step"], 0, np.array(layout.steps))
     write_chunk(folder, layout.arrays["keyframe_step"], 0, np.array(layout.keyframes))
+
+
+def write_metadata(folder: Path, metadata: Mapping[str, bytes]) -> None:
+    """Every ``zarr.json`` of a group. Raises OSError."""
+    folder.mkdir(exist_ok=True)
+    for path, content in metadata.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        write_atomic(folder / path, content)
 
 
 def crc32c(data: bytes | Array) -> bytes:

@@ -9,10 +9,10 @@ import numpy as np
 
 from minitrain.errors import RunError
 from minitrain.record.arrays import blocks, check_index, read_chunk, read_row, rows_in, shard_paths, shards
-from minitrain.record.digests import KINDS
 from minitrain.record.layout import BLOCK, SHARD
 from minitrain.record.recorded import Run
 from minitrain.record.writer import block_row
+from minitrain.tensors import KINDS
 
 
 class Damage(NamedTuple):

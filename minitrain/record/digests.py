@@ -14,7 +14,6 @@ from minitrain.rng import Purpose
 from minitrain.state import State
 from minitrain.tensors import Tensors, canonical_bits
 
-KINDS = ("param", "m", "v")
 STREAMS = ("training_control", "data")
 
 

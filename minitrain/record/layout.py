@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from minitrain.config import Config
-from minitrain.record.digests import KINDS, STREAMS
-from minitrain.tensors import parameter_table, sites
+from minitrain.record.digests import STREAMS
+from minitrain.tensors import KINDS, parameter_table, sites
 
 SHARD = 64
 """Steps in a shard of m or v."""
@@ -127,31 +127,39 @@ class Layout:
 
     def metadata(self) -> dict[str, bytes]:
         """Every ``zarr.json`` by its path in the group."""
-        from zarr import create_group
-        from zarr.codecs import BytesCodec, Crc32cCodec
-        from zarr.storage import MemoryStore
-
         about = {"format": FORMAT, "format_version": FORMAT_VERSION, "keyframe_every": self.keyframe_every}
-        store = MemoryStore()
-        group = create_group(store=store, zarr_format=3, attributes={**about, **self.attributes})
-        for s in self.arrays.values():
-            length = len(self.keyframes) if s.dims[0] == "keyframe" else len(self.steps)
-            chunk = {"rows": 1, "keyframes": 1, "blocks": BLOCK, "once": length}[s.form]
-            group.create_array(
-                s.name,
-                shape=(length, *s.shape),
-                dtype=s.dtype,
-                chunks=(chunk, *s.shape),
-                shards=(SHARD, *s.shape) if s.form == "rows" else None,
-                compressors=[Crc32cCodec()],
-                filters=None,
-                serializer=BytesCodec(endian="little"),
-                fill_value=FILL[np.dtype(s.dtype).kind],
-                chunk_key_encoding={"name": "default", "separator": "."},
-                dimension_names=list(s.dims),
-                attributes=dict(s.attributes),
-            )
-        return {path: buffer.to_bytes() for path, buffer in store._store_dict.items()}
+        lengths = {"keyframe": len(self.keyframes), "step": len(self.steps)}
+        return metadata({**about, **self.attributes}, self.arrays.values(), lengths)
+
+
+def metadata(
+    attributes: Mapping[str, Any], arrays: Iterable[ArraySpec], lengths: Mapping[str, int]
+) -> dict[str, bytes]:
+    """Every ``zarr.json`` of a group by its path; ``lengths`` of the first axes by their names."""
+    from zarr import create_group
+    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.storage import MemoryStore
+
+    store = MemoryStore()
+    group = create_group(store=store, zarr_format=3, attributes=dict(attributes))
+    for s in arrays:
+        length = lengths[s.dims[0]]
+        chunk = {"rows": 1, "keyframes": 1, "blocks": BLOCK, "once": length}[s.form]
+        group.create_array(
+            s.name,
+            shape=(length, *s.shape),
+            dtype=s.dtype,
+            chunks=(chunk, *s.shape),
+            shards=(SHARD, *s.shape) if s.form == "rows" else None,
+            compressors=[Crc32cCodec()],
+            filters=None,
+            serializer=BytesCodec(endian="little"),
+            fill_value=FILL[np.dtype(s.dtype).kind],
+            chunk_key_encoding={"name": "default", "separator": "."},
+            dimension_names=list(s.dims),
+            attributes=dict(s.attributes),
+        )
+    return {path: buffer.to_bytes() for path, buffer in store._store_dict.items()}
 
 
 def layout_of(config: Config, start: int = 0, end: int | None = None) -> Layout:

@@ -26,12 +26,12 @@ from minitrain.inject import Injector, kind_of, spelt
 from minitrain.model import make_backend
 from minitrain.optim import Recurrence
 from minitrain.record.arrays import read_chunk, read_row, shards
-from minitrain.record.digests import KINDS, batch_digest, has_digest, tensor_digest
+from minitrain.record.digests import batch_digest, has_digest, tensor_digest
 from minitrain.record.journal import FINGERPRINT, SCALARS, Frame, Journal, read_journal
 from minitrain.record.layout import Layout, layout_of
 from minitrain.run_folder import RunFolder, start_of
 from minitrain.state import State
-from minitrain.tensors import Parameter, Tensors, parameter_table
+from minitrain.tensors import KINDS, Parameter, Tensors, parameter_table
 
 
 class Moment(NamedTuple):

@@ -27,12 +27,13 @@ from minitrain.data.batches import Batch
 from minitrain.errors import RunError
 from minitrain.inject import event
 from minitrain.loop import Listener, StepStats
-from minitrain.record.digests import KINDS, batch_digest, groups, rng_words, state_digests, tensor_digest
+from minitrain.record.digests import batch_digest, groups, rng_words, state_digests, tensor_digest
 from minitrain.record.journal import FORMAT_VERSION, canonical
 from minitrain.record.layout import Layout, layout_of
 from minitrain.record.writer import Flats, RecordWriter
 from minitrain.run_folder import RunFolder
 from minitrain.state import State
+from minitrain.tensors import KINDS
 
 BACKLOG_BYTES = 64 << 20
 """How far the writer may fall behind; at least two steps, at most BACKLOG_STEPS."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,12 @@ class Log:
     val_loss: Floats
     broken: Sequence[Mapping[str, Any]]
     """The steps that were not finite, as they were logged."""
+    lr: Floats = field(default_factory=lambda: np.empty(0))
 
     @classmethod
     def read(cls, folder: RunFolder) -> Log:
         of_step, of_validation = (
-            ("step", "loss", "grad_norm", "grad_norm_clipped", "tokens_per_s"),
+            ("step", "loss", "grad_norm", "grad_norm_clipped", "tokens_per_s", "lr"),
             ("step", "val_loss"),
         )
         steps, validations, broken = [], [], []
@@ -43,9 +44,11 @@ class Log:
             steps.append([line[key] for key in of_step])
             if "nonfinite" in line:
                 broken.append(line)
-        step, loss, norm, clipped, rate = np.array(steps, np.float64).reshape(-1, len(of_step)).T  # null becomes NaN
+        step, loss, norm, clipped, rate, lr = (
+            np.array(steps, np.float64).reshape(-1, len(of_step)).T
+        )  # null becomes NaN
         val_step, val_loss = np.array(validations, np.float64).reshape(-1, len(of_validation)).T
-        return cls(step, loss, norm, clipped, rate, val_step, val_loss, broken)
+        return cls(step, loss, norm, clipped, rate, val_step, val_loss, broken, lr)
 
     @property
     def start(self) -> int:
