@@ -17,6 +17,7 @@ from minitrain._ext.signatures import NUMERICS_VERSION
 from minitrain.assembly import Parts, assemble, prepare_data, require_memory
 from minitrain.checkpoint import load_checkpoint, save_checkpoint, save_model
 from minitrain.config import Config, config_hash, to_yaml
+from minitrain.dashboard import write_dashboard
 from minitrain.data.batches import EvalBatches
 from minitrain.data.prepare import Prepared
 from minitrain.environment import git_state, hardware, peak_rss_mb, versions
@@ -248,6 +249,7 @@ def finish(
     results["peak_rss_mb"] = peak_rss_mb()  # most of it was the picture's
     report.write_page(folder, config, results, data.baseline["best_perplexity"])
     write_json(folder.results, finite_or_none(results))
+    write_dashboard(folder)
     if metrics.ended == "complete":
         write_atomic(folder.complete, digest + "\n")
     return results

@@ -52,6 +52,17 @@ def isa_backend(request: pytest.FixtureRequest, backends: dict[tuple[str, int], 
     return backends[request.param, 1]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_dashboards() -> Iterator[None]:
+    """Runs in this process end without a dashboard, which takes longer than a short training and has tests of its own.
+
+    Those at the command line, in processes of their own, have one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "write_dashboard", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The folder of the sources. Against an installed wheel, where `tests` stands alone, the test is skipped."""

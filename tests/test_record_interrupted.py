@@ -54,9 +54,9 @@ def test_resumed_equals_uninterrupted(place, stop, kind, sites):
 
 SCRIPT = """
 import sys
-from minitrain import report
+from minitrain import report, trainer
 from minitrain.cli import main
-report.write_curve = lambda *_: None  # the picture would take longer than the training
+report.write_curve = trainer.write_dashboard = lambda *_: None  # pictures would take longer than the training
 main(sys.argv[1:])
 """
 
