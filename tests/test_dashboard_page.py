@@ -241,6 +241,21 @@ def test_the_page_of_a_run_stands_in_its_folder(copy):
     assert told["lanes"]["loss"]["lines"][0]["steps"] == {"first": 0, "by": 1, "n": 30}
 
 
+def test_a_run_ends_with_the_page_that_the_command_makes(copy, run_python):
+    """Byte for byte, so what was written before the last file of the run says that it is complete."""
+    (copy / "COMPLETE").unlink()  # as it stands when training writes the page
+    code = (
+        "from minitrain.dashboard import write_dashboard; from minitrain.run_folder import RunFolder; import pathlib;"
+    )
+    done = run_python(f"{code} write_dashboard(RunFolder(pathlib.Path({str(copy)!r})))")
+    assert done.returncode == 0, done.stderr
+    at_the_end = (copy / "dashboard.html").read_text()
+    assert "complete, 30 steps of 30" in at_the_end
+    (copy / "COMPLETE").write_text("digest")
+    assert minitrain(copy).exit_code == 0
+    assert (copy / "dashboard.html").read_text() == at_the_end
+
+
 def test_batches_are_those_of_the_journal(copy):
     run = RunData.read(RunFolder(copy))
     journal: Journal = read_journal(copy / "journal.msgpack")

@@ -85,9 +85,7 @@ class RunData:
             rows=rows,
             recorded=range(journal.start, journal.end) if journal else range(0),
             samples=_samples(config, manifest, notes) if rows is not None else (),
-            ended="complete"
-            if folder.complete.exists()
-            else str((manifest.get("outcome") or {}).get("ended", "unfinished")),
+            ended=_ended(folder, manifest),
             notes=notes,
         )
 
@@ -160,6 +158,13 @@ class RunData:
         elif self.best:
             found.append(Mark(self.best[0], "best", lowest))
         return sorted(found)
+
+
+def _ended(folder: RunFolder, manifest: Mapping[str, Any]) -> str:
+    """As the manifest says; the page of a run that ends is written before its last file, COMPLETE."""
+    if folder.complete.exists():
+        return "complete"
+    return str((manifest.get("outcome") or {}).get("ended", "unfinished"))
 
 
 def spike_size(spike: Spike) -> str:
