@@ -39,7 +39,7 @@ def metrics_of(config: Config, steps: int, every: int = 10, seed: int = 1) -> di
     sites = tuple(a.name for a in activation_table(config.model, 1, 1) if a.site and "prob" not in a.name)[:-2]
     tensors = tuple(p.name for p in parameter_table(config.model))
     matrices = tuple(p.name for p in parameter_table(config.model) if p.decays)
-    layers = tuple(str(i) for i in range(config.model.n_layer))
+    layers = tuple(f"block.{i}" for i in range(config.model.n_layer))
     heads = tuple(str(i) for i in range(config.model.n_head))
     all_steps, some = np.arange(steps), np.arange(0, steps, every)
     spectral, validations = np.arange(0, steps, 5 * every), np.arange(50, steps + 1, 50)

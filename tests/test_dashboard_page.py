@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from dashboards import HOSTILE, bare, broken, changed, healthy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -107,6 +107,7 @@ def test_every_text_of_the_data_is_escaped(runs):
     assert not re.search(r"<[^>]*alert\(1\)|>alert\(1\)", text)
 
 
+@settings(deadline=None)
 @given(st.recursive(st.text() | st.integers() | st.booleans(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
 def test_embedded_json_ends_no_script_and_reads_back(value):
     text = embedded(value)
@@ -134,6 +135,7 @@ def test_numbers_are_strict_json_and_every_line_has_its_colour(runs):
 # Numbers
 
 
+@settings(deadline=None)
 @given(
     arrays.arrays(np.float64, st.integers(0, 300), elements=st.floats(width=32)),
     st.integers(4, 40),
@@ -237,6 +239,21 @@ def test_the_page_of_a_run_stands_in_its_folder(copy):
     assert told["runs"] == [{"recorded": [0, 30], "command": f"minitrain replay {copy} --step {{step}}"}]
     assert told["batches"]["size"] == 3
     assert told["lanes"]["loss"]["lines"][0]["steps"] == {"first": 0, "by": 1, "n": 30}
+
+
+def test_a_run_ends_with_the_page_that_the_command_makes(copy, run_python):
+    """Byte for byte, so what was written before the last file of the run says that it is complete."""
+    (copy / "COMPLETE").unlink()  # as it stands when training writes the page
+    code = (
+        "from minitrain.dashboard import write_dashboard; from minitrain.run_folder import RunFolder; import pathlib;"
+    )
+    done = run_python(f"{code} write_dashboard(RunFolder(pathlib.Path({str(copy)!r})))")
+    assert done.returncode == 0, done.stderr
+    at_the_end = (copy / "dashboard.html").read_text()
+    assert "complete, 30 steps of 30" in at_the_end
+    (copy / "COMPLETE").write_text("digest")
+    assert minitrain(copy).exit_code == 0
+    assert (copy / "dashboard.html").read_text() == at_the_end
 
 
 def test_batches_are_those_of_the_journal(copy):

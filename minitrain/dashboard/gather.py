@@ -85,9 +85,7 @@ class RunData:
             rows=rows,
             recorded=range(journal.start, journal.end) if journal else range(0),
             samples=_samples(config, manifest, notes) if rows is not None else (),
-            ended="complete"
-            if folder.complete.exists()
-            else str((manifest.get("outcome") or {}).get("ended", "unfinished")),
+            ended=_ended(folder, manifest),
             notes=notes,
         )
 
@@ -125,6 +123,11 @@ class RunData:
         """Of the train loss; their steps are those of the run."""
         return [s._replace(step=int(self.log.step[s.step])) for s in spikes(self.log.loss)]
 
+    @property
+    def largest_spikes(self) -> list[Spike]:
+        """The largest first; one out of a flat loss, which has no deviation, before all others."""
+        return sorted(self.spikes, key=lambda spike: -spike.sigmas if math.isfinite(spike.sigmas) else -math.inf)
+
     @cached_property
     def best(self) -> tuple[int, float] | None:
         """Step and loss of the lowest validation; None where none was finite."""
@@ -155,6 +158,18 @@ class RunData:
         elif self.best:
             found.append(Mark(self.best[0], "best", lowest))
         return sorted(found)
+
+
+def _ended(folder: RunFolder, manifest: Mapping[str, Any]) -> str:
+    """As the manifest says; the page of a run that ends is written before its last file, COMPLETE."""
+    if folder.complete.exists():
+        return "complete"
+    return str((manifest.get("outcome") or {}).get("ended", "unfinished"))
+
+
+def spike_size(spike: Spike) -> str:
+    """``+3.8σ``"""
+    return f"+{spike.sigmas:.1f}σ" if math.isfinite(spike.sigmas) else "out of a flat loss"
 
 
 def _event_mark(event: Mapping[str, Any]) -> Mark:

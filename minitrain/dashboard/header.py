@@ -11,7 +11,7 @@ import numpy as np
 
 from minitrain.config import Config, differing_keys
 from minitrain.dashboard.checks import Check, checks, verdict
-from minitrain.dashboard.gather import ENDED, RunData
+from minitrain.dashboard.gather import ENDED, RunData, spike_size
 from minitrain.dashboard.lanes import letters
 from minitrain.report.words import count, number
 
@@ -102,11 +102,11 @@ def _events(run: RunData) -> str:
     ]
     if len(run.marks) > 12:
         items.append(f"<li>and {len(run.marks) - 12:,} more events</li>")
-    for spike in sorted(run.spikes, key=lambda s: -s.sigmas)[:3]:
+    for spike in run.largest_spikes[:3]:
         back = f"back after {spike.recovery}" if spike.recovery else "not back in 50 steps"
         items.append(
             f'<li><button type="button" data-step="{spike.step}" style="border-left-color:var(--red)">'
-            f"step {spike.step:,}: loss spike +{spike.sigmas:.1f}σ, {back}</button></li>"
+            f"step {spike.step:,}: loss spike {spike_size(spike)}, {back}</button></li>"
         )
     return f'<ul class="chips" aria-label="Events">{"".join(items)}</ul>'
 

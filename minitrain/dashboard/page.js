@@ -26,8 +26,9 @@
     const rows = [], buckets = lane.lines.length > 6 ? 250 : 600;
     for (const line of lane.lines) {
       settle(line);
-      const from = Math.max(0, indexOf(line.at, lane.lo()) - 1);
-      const to = Math.min(line.at.length, indexOf(line.at, lane.hi() + 1) + 1);
+      const beyond = line.stems ? 0 : 1;
+      const from = Math.max(0, indexOf(line.at, lane.lo()) - beyond);
+      const to = Math.min(line.at.length, indexOf(line.at, lane.hi() + 1) + beyond);
       const kept = extremes(line.value, from, to, buckets);
       const fits = (x) => Number.isFinite(x) && (!lane.log || x > 0);
       const few = line.points && kept.length <= 120;
@@ -38,10 +39,14 @@
         if (line.spread && here && Number.isFinite(line.spread[i])) {
           row.low = line.value[i] - line.spread[i];
           row.high = line.value[i] + line.spread[i];
-          if (lane.log) row.low = Math.max(row.low, line.value[i] / 20);
         }
         rows.push(row);
       });
+    }
+    if (lane.log) {
+      /* A band that reaches to 0 or below ends at the bottom of the picture, and does not pull it down. */
+      const bottom = 0.8 * rows.reduce((low, row) => (row.value > 0 ? Math.min(low, row.value) : low), Infinity);
+      for (const row of rows) if (row.low < bottom) row.low = bottom;
     }
     return rows;
   }
@@ -186,7 +191,7 @@
       if (value !== undefined) text.push(`${label} ${show(value)}`);
     }
     text.push(...page.marks.filter((m) => m.step === sight.step).map((m) => m.text));
-    text.push(...page.spikes.filter((s) => s.step === sight.step).map((s) => `spike +${s.sigmas}σ`));
+    text.push(...page.spikes.filter((s) => s.step === sight.step).map((s) => `spike${s.sigmas === null ? "" : ` +${s.sigmas}σ`}`));
     $("numbers").textContent = text.join("  ·  ");
     const commands = page.runs.filter((r) => sight.step >= r.recorded[0] && sight.step < r.recorded[1]);
     $("commands").replaceChildren(...commands.map((run) => commandRow(run.command.replace("{step}", sight.step))));

@@ -41,6 +41,15 @@ from minitrain.report.curve import extremes
 
 BUNDLE = "window.vegaEmbed = vegaEmbed;"
 """What the plotting library is asked to leave in the page."""
+BAR = (
+    ("loss", "train, each step", "loss"),
+    ("lr", "learning rate", "lr"),
+    ("norm", "before the clip", "norm"),
+    ("norm", "after the clip", "clipped"),
+    ("batch", "regular verbs, each step", "share of regular verbs"),
+    ("batch", "rare tokens, each step", "of rare tokens"),
+)
+"""What is told of a chosen step: lane, line, and what it is called there."""
 BATCH_NUMBERS = 60_000
 """Sample numbers that the page holds; of longer runs, those of the steps that stand out."""
 SAMPLES = 400_000
@@ -119,8 +128,6 @@ def _description(lane: Lane, drawn: Sequence[Panel]) -> str:
 def _data(runs: Sequence[RunData]) -> dict[str, Any]:
     """All but the lanes."""
     first, suffix = runs[0], [f" · {letter}" if letter else "" for letter in letters(runs)]
-    rows = [("loss", "train, each step", "loss"), ("lr", "learning rate", "lr"), ("norm", "before the clip", "norm")]
-    rows.append(("norm", "after the clip", "clipped"))
     return {
         "name": first.name,
         "start": min(run.start for run in runs),
@@ -141,7 +148,7 @@ def _data(runs: Sequence[RunData]) -> dict[str, Any]:
             for run in runs
             for spike in run.spikes
         ],
-        "bar": [[lane, name + end, label + end] for end in suffix for lane, name, label in rows],
+        "bar": [[lane, name + end, label + end] for end in suffix for lane, name, label in BAR],
         "runs": [{"recorded": [run.recorded.start, run.recorded.stop], "command": replay_command(run)} for run in runs],
         "unrecorded": "this step was not recorded, so it cannot be replayed",
         "batches": _batches(first) if len(runs) == 1 else None,

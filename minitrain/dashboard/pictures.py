@@ -26,7 +26,7 @@ from minitrain.dashboard.lanes import (
     Lane,
     Line,
 )
-from minitrain.dashboard.selection import deviation_of_size, grouped, layers_of, styled, telling
+from minitrain.dashboard.selection import deviation_of_size, grouped, layer_name, layers_of, styled, telling
 from minitrain.metrics import Series
 from minitrain.report.words import number
 
@@ -219,8 +219,7 @@ def _many(runs: Runs, series: Callable[[RunData], tuple[Any, list[str], NDArray[
         ]
 
     if len(shown) < len(names):
-        what = f"{len(shown)} of {len(names)} are shown: those that changed most. "
-        more["help"] = what + more.get("help", "")
+        more["unit"] = "; ".join(filter(None, [more["unit"], f"{len(shown)} of {len(names)}: those that changed most"]))
     return Lane(lines=_named(runs, lines), **{key: value for key, value in more.items() if key != "spread"})
 
 
@@ -258,7 +257,7 @@ def activations(runs: Runs) -> Lane:
         runs,
         _stream("activation_mean_abs"),
         id="activations",
-        title="Mean |x| of what each layer adds to the residual stream",
+        title="Mean |x|: what each layer adds to the residual stream, and what comes of it",
         unit="band: ±1σ of |x|",
         log=True,
         height=240,
@@ -273,7 +272,7 @@ def attention(runs: Runs) -> Lane:
         found = run.metrics.get("attention_entropy")
         if found is None:
             return None
-        names = [f"{_layer(layer)} head {head}" for layer in found.labels[0] for head in found.labels[1]]
+        names = [f"{layer_name(layer)} head {head}" for layer in found.labels[0] for head in found.labels[1]]
         return found.steps, names, found.values.reshape(len(found.steps), -1)
 
     return _many(
@@ -282,16 +281,10 @@ def attention(runs: Runs) -> Lane:
         id="attention",
         title="Entropy of the attention of each head",
         unit="nats",
-        zero=True,
         height=180,
         empty="Attention was not recorded.",
         help=_formulas(runs, "attention_entropy"),
     )
-
-
-def _layer(label: str) -> str:
-    """``layer 0``, however it is labelled."""
-    return f"layer {label}" if label.isdigit() else label
 
 
 def spectral(runs: Runs) -> Lane:
@@ -310,7 +303,7 @@ def spectral(runs: Runs) -> Lane:
 def dead(runs: Runs) -> Lane:
     def of(run: RunData) -> tuple[Any, list[str], NDArray[Any]] | None:
         found = run.metrics.get("dead_units")
-        return None if found is None else (found.steps, [_layer(name) for name in found.labels[0]], found.values)
+        return None if found is None else (found.steps, [layer_name(name) for name in found.labels[0]], found.values)
 
     return _many(
         runs,

@@ -7,8 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from minitrain.dashboard.gather import Floats, RunData
-from minitrain.dashboard.selection import finite_rows, first_last, group_of, layers_of
+from minitrain.dashboard.gather import Floats, RunData, spike_size
+from minitrain.dashboard.selection import finite_rows, first_last, group_of, layer_name, layers_of
 from minitrain.metrics import Series
 from minitrain.report.words import count, number
 from minitrain.schedule import lr_at
@@ -16,7 +16,7 @@ from minitrain.schedule import lr_at
 ISOLATED = 30.0
 """Times the mean of the 100 steps before it: a gradient norm that stands alone."""
 TRANSPARENT = 0.05
-"""Of ln V: a train loss below it guesses better than language allows; as a rule the model sees its targets."""
+"""Of ln V: a train loss below it guesses better than language allows that has not been read before."""
 DOUBLED = 2.0
 """A factor in 200 steps that is growth or collapse."""
 BAD_INIT = 10.0
@@ -71,21 +71,20 @@ def loss(run: RunData) -> str:
     parts.append(_validation(run))
     clear = np.flatnonzero(run.mean_loss < TRANSPARENT * math.log(run.config.model.vocab_size))
     if len(clear):
-        parts.append(
-            f"train is under {number(TRANSPARENT * math.log(run.config.model.vocab_size))} from step "
-            f"{int(log.step[clear[0]]):,} on, which no language allows: can the model see its targets?"
-        )
+        limit = number(TRANSPARENT * math.log(run.config.model.vocab_size))
+        step = int(log.step[clear[0]])
+        parts.append(f"train is under {limit} from step {step:,} on: learnt by heart, or the model sees its targets")
     if run.onset is not None:
         parts.append(f"overfitting begins at step {run.onset:,}")
     if run.spikes:
-        worst = max(run.spikes, key=lambda s: s.sigmas)
-        largest = f"the largest +{worst.sigmas:.1f}σ at step {worst.step:,}"
+        worst = run.largest_spikes[0]
+        largest = f"the largest {spike_size(worst)} at step {worst.step:,}"
         parts.append(f"{count(len(run.spikes), 'spike')} over 3σ, {largest}")
     elif run.steps > 101:
         parts.append("no spike over 3σ")
     if log.broken:
         parts.append(f"step {log.broken[0]['step']:,} is the first of {len(log.broken):,} not finite")
-    return "; ".join(parts) + ("" if parts[-1].endswith("?") else ".")
+    return "; ".join(parts) + "."
 
 
 def _validation(run: RunData) -> str:
@@ -241,7 +240,7 @@ def _attention(run: RunData) -> list[str]:
         return []
     row = flat[rows[-1]]
     layer, head = np.unravel_index(int(np.nanargmin(row)), series.values.shape[1:])
-    which = f"layer {series.labels[0][layer]} head {series.labels[1][head]}"
+    which = f"{layer_name(series.labels[0][layer])} head {series.labels[1][head]}"
     text = f"sharpest attention is {which}: {short(float(np.nanmin(row)))} nats"
     peak = run.metrics.get("attention_peak")
     if peak is not None and peak.values.shape == series.values.shape:
@@ -323,18 +322,17 @@ def _dead(series: Series | None) -> str:
         before_that = f" (at most {percent(ever)} of a layer were)" if ever > 0 else ""
         return f"No FFN unit is dead at step {step:,}{before_that}"
     whole = "the layer is dead" if last[worst] == 1 else f"{percent(float(last[worst]))} of its FFN units are dead"
-    return f"Layer {series.labels[0][worst]}: {whole} at step {step:,}"
+    return f"{layer_name(series.labels[0][worst]).capitalize()}: {whole} at step {step:,}"
 
 
 def _updates(series: Series | None) -> str:
     if series is None or not _any(series):
         return "updates were not measured"
     names, values = list(series.labels[0]), series.values.astype(np.float64)
-    rows = finite_rows(values.max(axis=1))
-    if not len(rows):
-        return "no update was finite"
+    rows = np.flatnonzero(np.isfinite(values).any(axis=1))  # biases begin at 0, where there is no ratio
     late = values[rows[len(rows) // 2] :]
-    typical = np.nanmedian(late, axis=0)
+    typical = np.array([np.median(column[np.isfinite(column)]) for column in late.T if np.isfinite(column).any()])
+    names = [name for name, column in zip(names, late.T, strict=True) if np.isfinite(column).any()]
     text = f"an update is {short(float(np.nanmedian(typical)))} of its parameters in the median of the second half"
     still = [names[i] for i in np.flatnonzero(typical < STILL)]
     fast = [names[i] for i in np.flatnonzero(typical > FAST)]
@@ -378,4 +376,10 @@ def classes(run: RunData) -> str:
         step = int(series.steps[rows[-1]])
     if len(parts) == 2 and all(part.startswith("no ") for part in parts):
         return "; ".join(parts).capitalize() + "."
-    return f"On the verb form at step {step:,} irregular verbs cost: in {'; in '.join(parts)}.".replace("in no", "no")
+    text = f"On the verb form at step {step:,} irregular verbs cost: in {'; in '.join(parts)}".replace("in no", "no")
+    held_out = series.values[:, index["validation"], index["regular"], index["verb form"]]
+    if len(rows := finite_rows(held_out)) > 2 and (low := rows[held_out[rows].argmin()]) != rows[-1]:
+        text += (
+            f"; regular validation forms were cheapest at step {series.steps[low]:,} ({short(float(held_out[low]))})"
+        )
+    return f"{text}."

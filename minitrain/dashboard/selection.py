@@ -24,6 +24,11 @@ def layers_of(series: Series) -> tuple[list[str], NDArray[np.float32]]:
     return [names[i] for i in kept], series.values[:, kept]
 
 
+def layer_name(label: str) -> str:
+    """``layer 0`` for ``0`` or ``block.0``."""
+    return f"layer {label.removeprefix('block.')}"
+
+
 def group_of(tensor: str) -> str:
     """``block 0 attn``, ``block 1 ffn``, ``embed``, ``norms and biases`` (of one dimension): what moves together."""
     if tensor.endswith(".bias") or re.search(r"\bln(1|2|_f)\b", tensor):

@@ -30,7 +30,7 @@ CONFIG = {
     "view": {"stroke": None},
     "axis": {"domain": False, "labelFontSize": 12, "tickSize": 4, "gridOpacity": 1},
 }
-AXIS = 52
+AXIS = 58
 """Pixels of the value axis: the same in all lanes, so that a step stands in one vertical line down the page."""
 
 

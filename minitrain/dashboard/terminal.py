@@ -68,7 +68,9 @@ def summary(runs: Sequence[RunData], style: bool = False) -> str:
         for letter, reading in zip(letters(runs), panel.readings, strict=True):
             lines += _wrapped(f"{letter}: {reading}" if letter else reading)
         for lane in panel.lanes:
-            lines += _graphs(lane)
+            graphs = _graphs(lane)
+            lines += _wrapped(f"{lane.title}:") if graphs and len(panel.lanes) > 1 else []
+            lines += graphs
         lines.append("")
     return "\n".join(lines[:-1])
 
