@@ -21,7 +21,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from measure import forensics, hooks, recording, whole_command
+from measure import forensics, hooks, metrics, recording, whole_command
 from measure.about import about
 from measure.identity import golden, identity
 from measure.processes import Track, available
@@ -35,7 +35,7 @@ from sides import PEERS
 from minitrain._ext import engine
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("race", "identity", "command", "recording", "forensics", "hooks")
+PARTS = ("race", "identity", "command", "recording", "forensics", "hooks", "metrics")
 
 
 def main() -> None:
@@ -139,6 +139,9 @@ class Measurement:
 
     def hooks(self) -> None:
         self.rounds("hooks", "hooks", lambda folder: hooks.costs())
+
+    def metrics(self) -> None:
+        self.rounds("metrics", "loops with metrics and without", lambda folder: metrics.one_round())
 
     def rounds(self, name: str, what: str, measure: Callable[[Path], Any]) -> None:
         """A part that is the same thing again and again, each time in a folder of its own."""

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from minitrain import trainer
 from minitrain.cli import main
-from minitrain.experiments import preset
+from minitrain.experiments import overhead, preset, timing
 from minitrain.loop import StepStats
 from minitrain.run_folder import RunFolder
 from minitrain.state import State
@@ -78,6 +78,27 @@ def test_text_json_and_where_it_goes(experiment):
     manifest = RunFolder(Path("mine")).read_manifest()
     assert (manifest["seed"], manifest["experiment"]) == (5, "18-checkpoint-roundtrip")
     assert manifest["command_line"][:3] == ["minitrain", "experiment", "18-checkpoint-roundtrip"]
+
+
+@pytest.mark.parametrize(
+    ("name", "headline", "key"),
+    [
+        ("19-healthy", "A healthy run in seven panels: ", "panels"),
+        ("19-overhead", "All metrics make the loop ", "bars"),
+    ],
+)
+def test_runs_that_are_looked_into(experiment, monkeypatch: pytest.MonkeyPatch, name: str, headline: str, key: str):
+    """Exit code 0 whatever was found, since a sign that is otherwise and a bar not met are no faults of the run."""
+    for module, constant in ((overhead, "ROUNDS"), (overhead, "LOOP_TURNS"), (timing, "TURNS"), (timing, "BURST")):
+        monkeypatch.setattr(module, constant, 1)
+    monkeypatch.setattr(timing, "build_page", lambda run: timing.Page(99.0, 1.0))
+    result = experiment(name)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(headline)
+    assert result.stdout.endswith(f"-> experiments/{name}/README.md\n")
+    answer = json.loads(experiment(name, "--json", "--out-dir", "mine").stdout)
+    assert answer["experiment"] == name
+    assert answer[key]
 
 
 def test_a_finished_one(experiment):

@@ -8,11 +8,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minitrain.config import config_hash, load_config
-from minitrain.experiments import expected, preset
+from minitrain.experiments import expected, healthy, overhead, preset
+from minitrain.experiments.panels import panels
 from minitrain.experiments.place import finished
+from minitrain.metrics import read_metrics
+from minitrain.report.log import Log
 from minitrain.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +90,30 @@ def test_the_committed_scale_is_seen_in_the_loss_under_one_setting_at_least():
     spiked = [variant for variant in results["variants"] if variant["effect"]["spikes"]]
     assert spiked
     assert f"A spike shows with `{' '.join(spiked[0]['set'])}`" in " ".join(folder.readme.read_text().split())
+
+
+@committed
+def test_the_committed_healthy_run_is_what_its_metrics_say():
+    """Every figure again from the log and metrics.zarr that stand beside it, and every sign from the figures."""
+    folder = RunFolder(COMMITTED / "19-healthy")
+    results, log, config = finished(folder), Log.read(folder), folder.stored_config()
+    assert results
+    rates = np.array([line["lr"] for line in folder.log_lines() if "lr" in line])
+    assert panels(log, rates, read_metrics(folder), config) == results["panels"]
+    assert [line._asdict() for line in healthy.lines(results["panels"], results, config)] == results["expectations"]
+    assert folder.complete.read_text() == (COMMITTED / "18-baseline/COMPLETE").read_text()
+
+
+@committed
+def test_the_committed_overhead_says_what_was_measured():
+    """Verdicts follow from the figures, and what is not met stands on the page."""
+    folder = RunFolder(COMMITTED / "19-overhead")
+    results, text = finished(folder), folder.readme.read_text()
+    assert results
+    assert overhead.bars(results) == results["bars"]
+    assert all(timed["same_bits"] for timed in results["steps"].values())
+    for bar in results["bars"]:
+        assert (f"- {bar['what']}" in text) == (bar["met"] is not True)
 
 
 def test_the_justfile_mirrors_the_makefile():

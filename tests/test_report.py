@@ -163,6 +163,11 @@ def test_what_differs_from_the_defaults_is_told(run: RunFolder) -> None:
     assert (f"and {len(changed) - SHOWN} more" in text) == (len(changed) > SHOWN)
 
 
+def test_every_setting_has_a_concern() -> None:
+    """A section of the configuration that the page has no words for would end a run without a page."""
+    assert set(CONCERNS) == set(Config.model_fields)
+
+
 def test_the_shape_of_a_default_run_is_told_from_its_log(runs: dict[str, RunFolder]) -> None:
     run = runs["default"]
     text, measured, log = page(run), results(run), Log.read(run)
@@ -328,8 +333,3 @@ def test_the_plotting_library_is_not_loaded_before_it_draws_and_fits_in_400_mb(r
         [sys.executable, "-c", program, runs["default"].path], check=True, capture_output=True, text=True
     )
     assert float(done.stdout) < 400
-
-
-def test_every_section_of_the_configuration_concerns_something():
-    """A setting of any section that is not the default can be told of."""
-    assert set(CONCERNS) == set(Config.model_fields)

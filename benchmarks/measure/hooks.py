@@ -1,29 +1,28 @@
 """What listening costs: nobody, probes and Python hooks, a fire at a time and over a default step.
 
 A fire is measured on a plan of a thousand sites without operations; the call of the Python function itself is measured
-too and taken off. Of a step the fastest of many is told; what stands beside is measured in turn with it.
+too and taken off. Of a step the fastest of many is told; what stands beside is measured in turn with it, as in the
+experiment 19-overhead.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
-from minitrain._ext.plan import CompiledBackend, Plan
+from minitrain._ext import engine
+from minitrain._ext.plan import CompiledBackend, Plan, instruction_set
+from minitrain.assembly import prepare_data
+from minitrain.config import Config
+from minitrain.experiments.timing import Steps, Way, bare, fastest, instructions, listener
 from minitrain.hooks import Hooks
-from minitrain.model import MiniGPT
-from minitrain.optim import AdamW
 
 FIRES = 1000
-ROUNDS = 400
-SEQUENCES = 8
-
-
-def listener(site: str, tensor: object) -> None:
-    """Does nothing."""
+TURNS = 400
+STEP_ROUNDS = 8
+"""Of `timing.Steps`, each of 50 steps; the fastest of all counts."""
 
 
 def per_fire(listen: Callable[[Hooks], object], elements: int = 0) -> float:
@@ -32,7 +31,7 @@ def per_fire(listen: Callable[[Hooks], object], elements: int = 0) -> float:
     for i in range(FIRES):
         plan.site(f"site.{i}", tensor)
     listen(hooks)
-    return fastest([partial(plan.run, hooks)])[0] / FIRES
+    return fastest([partial(plan.run, hooks)], TURNS)[0] / FIRES
 
 
 def call() -> float:
@@ -44,46 +43,27 @@ def call() -> float:
             listener(site, tensor)
 
     names = [f"site.{i}" for i in range(FIRES)]
-    return fastest([work])[0] / FIRES
+    return fastest([work], TURNS)[0] / FIRES
 
 
-def steps(ways: dict[str, Callable[[Hooks], object]]) -> dict[str, float]:
+def steps(ways: dict[str, Way]) -> dict[str, float]:
     """Seconds of a default training step with each set of hooks, on one thread, in turn."""
-    works = []
-    for listen in ways.values():
-        model = MiniGPT()
-        optimizer = AdamW(hooks=model.hooks)
-        listen(model.hooks)
-        works.append(partial(step, model, optimizer, *batch(model)))
-    return dict(zip(ways, fastest(works), strict=True))
+    config = Config()
+    timed = Steps(ways, config, prepare_data(config))
+    rounds = [timed.round() for _ in range(STEP_ROUNDS)]
+    return {way: min(each[way] for each in rounds) for way in ways}
 
 
-def batch(model: MiniGPT) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and a mask of a full batch."""
-    shape = (SEQUENCES, model.config.max_seq_len)
-    return np.zeros(shape, np.int32), np.ones(shape, np.bool_)
-
-
-def step(model: MiniGPT, optimizer: AdamW, tokens: np.ndarray, mask: np.ndarray) -> None:
-    model.forward(tokens, tokens, mask, mask)
-    optimizer.step(model.params, model.backward())
-
-
-def fastest(works: list[Callable[[], None]]) -> list[float]:
-    """The least seconds of each over all rounds, taken in turn."""
-    best = [float("inf")] * len(works)
-    for _ in range(ROUNDS):
-        for i, work in enumerate(works):
-            since = time.perf_counter()
-            work()
-            best[i] = min(best[i], time.perf_counter() - since)
-    return best
+def on(listen: Callable[[Hooks], object]) -> Way:
+    """These hooks on a run."""
+    return lambda parts: listen(parts.hooks)
 
 
 def nobody() -> float:
     """Seconds that a pass spends on finding out that nobody listens."""
     plan, hooks = Plan(CompiledBackend()), Hooks()
-    asked, unasked = fastest([lambda: repeat(partial(plan.run, hooks)), lambda: repeat(partial(plan.run_part, 0, 0))])
+    works = [lambda: repeat(partial(plan.run, hooks)), lambda: repeat(partial(plan.run_part, 0, 0))]
+    asked, unasked = fastest(works, TURNS)
     return (asked - unasked) / FIRES
 
 
@@ -98,24 +78,28 @@ def python(hooks: Hooks) -> None:
 
 
 def not_due(hooks: Hooks) -> None:
-    """A probe at every site, and a step that is none of its."""
-    hooks.probe(every=2)
+    """A probe at every site, and a step that is none of its: of a run only the first is."""
+    hooks.probe(every=2**30)
     hooks.step = 1
 
 
-WAYS: dict[str, Callable[[Hooks], object]] = {
-    "nobody": lambda hooks: None,
-    "nobody, again": lambda hooks: None,
-    "a probe at every site that is not due": not_due,
-    "a Python hook at one site": lambda hooks: hooks.listen(listener, "loss"),
-    "a Python hook at every site": python,
-    "a probe of the parameters": lambda hooks: hooks.probe("param.*"),
-    "a probe at every site": Hooks.probe,
+WAYS: dict[str, Way] = {
+    "no dispatcher": bare,
+    "nobody": on(lambda hooks: None),
+    "nobody, again": on(lambda hooks: None),
+    "a probe at every site that is not due": on(not_due),
+    "a Python hook at one site": on(lambda hooks: hooks.listen(listener, "loss")),
+    "a Python hook at every site": on(python),
+    "a probe of the parameters": on(lambda hooks: hooks.probe("param.*")),
+    "a probe at every site": on(Hooks.probe),
 }
 
 
 def costs() -> dict[str, dict[str, float]]:
-    """Seconds of a fire of each kind, and of a step with each set of hooks."""
+    """Seconds of a fire of each kind, and of a step with each set of hooks.
+
+    Where there is AVX-512, the probes are measured held to AVX2 too: that has a bar of its own.
+    """
     fires = {
         "a pass, nobody listening": nobody(),
         "a hook that is not due": per_fire(not_due),
@@ -124,4 +108,8 @@ def costs() -> dict[str, dict[str, float]]:
         "a Python hook, its call taken off": per_fire(python) - call(),
         "the call": call(),
     }
-    return {"fires": fires, "steps": steps(WAYS)}
+    found = {"fires": fires, "steps": steps(WAYS)}
+    if "avx2" in engine.instruction_sets() and instruction_set() != "avx2":
+        with instructions("avx2"):
+            found["steps, avx2"] = steps({way: WAYS[way] for way in ("nobody", "a probe at every site")})
+    return found

@@ -1,9 +1,9 @@
-"""What recording costs: the loop's time with either tier against that without, and how many bytes it writes.
+"""What recording alone costs: the loop's time with either tier against that without, and how many bytes it writes.
 
 A figure is the mean time of STEPS default steps, from the first until everything is on disk; validations are left
-out, and so is making the record's folder. The ways take turns, TURNS times a round, and the fastest turn of each
-counts: on a shared machine what else goes on there would be told otherwise. *free* leaves the second core to the
-recorder's threads, *pinned* gives the whole process one core.
+out, metrics too (measure/metrics.py has them), and making the record's folder does not count. The ways take turns,
+TURNS times a round, and the fastest turn of each counts: on a shared machine what else goes on there would be told
+otherwise. *free* leaves the second core to the recorder's threads, *pinned* gives the whole process one core.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def one_round(folder: Path, cores: list[int], say: Callable[[str], None]) -> dic
 
 
 def loop(way: str, folder: Path) -> dict[str, float]:
-    config = load_config(None, [f"scheduler.total_steps={STEPS}", *WAYS[way]])
+    config = load_config(None, [f"scheduler.total_steps={STEPS}", "metrics.enabled=false", *WAYS[way]])
     data = prepare_data(config)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         parts = assemble(config, data)

@@ -100,8 +100,19 @@ def bars(tree: Tree) -> Iterator[Bar | BitBar]:
             ("a Python hook, beside its call", "a Python hook, its call taken off", 100),
         ):
             yield Bar(what, [1e9 * r["fires"][key] for r in heard], "{:.1f} ns", "≤", limit)
+        for isa, (words, limit) in PROBES.items():
+            yield Bar(
+                f"probes at all sites, {words}: a step takes longer by", probed(tree, isa), "{:.1f} %", "≤", limit
+            )
+        yield Bar("no-op Python hooks at all sites: a step takes longer by", heard_more(heard), "{:.1f} %", "≤", 30)
+    measured = tree.get("metrics", {}).get("rounds", [])
+    longer = [100 * (r["on_s"] / r["off_s"] - 1) for r in measured]
+    yield Bar("all seven panels: the loop of 2000 steps takes longer by", longer, "{:.1f} %", "≤", 10)
+    yield Bar("`minitrain dashboard RUN` of 2000 steps", [r["page_s"] for r in measured], "{:.2f} s", "≤", 3)
 
 
+PROBES = {"avx512": ("AVX-512", 5), "avx2": ("AVX2", 8)}
+"""Per cent of a step."""
 RECORDING = (("free", "keyframes", 5), ("free", "every step", 10), ("pinned", "every step", 30))
 """Per cent of a step."""
 FORENSICS = (
@@ -114,6 +125,18 @@ RATIOS = (
     ("`minitrain verify RUN` over the training that it verifies", "verify_s", "training_s"),
     ("`minitrain replay RUN --nan-bisect` where all is finite, over `verify`", "bisect_nothing_s", "verify_s"),
 )
+
+
+def probed(tree: Tree, isa: str) -> list[float]:
+    """By how many per cent a probe at every site makes a step longer with these instructions, each round by itself."""
+    part = tree["hooks"]
+    key = "steps" if part["about"]["isas"][0] == isa else f"steps, {isa}"
+    return heard_more([r for r in part["rounds"] if key in r], "a probe at every site", key)
+
+
+def heard_more(rounds: list[Tree], way: str = "a Python hook at every site", key: str = "steps") -> list[float]:
+    """By how many per cent listening that way makes a step longer than with nobody there, each round by itself."""
+    return [100 * (r[key][way] / r[key]["nobody"] - 1) for r in rounds]
 
 
 def more(tree: Tree, place: str, way: str, what: str = "step_s") -> list[float]:

@@ -8,7 +8,7 @@ from sides import PEERS
 
 from report.bars import Bar, BitBar, bars
 from report.results import Race, Tree, same_bits
-from report.watching import forensics, hooks, recording
+from report.watching import forensics, hooks, metrics, recording
 
 HEAD = """\
 # Benchmark results
@@ -65,7 +65,8 @@ NOT_MEASURED = """\
 def page(tree: Tree) -> str:
     parts = [HEAD, _where(tree), READING, _bars(tree)]
     parts += [_size(size) for size in tree["sizes"].values() if "race" in size]
-    parts += [_identity(tree), _command(tree), recording(tree), forensics(tree), hooks(tree), _not_won(tree)]
+    parts += [_identity(tree), _command(tree), recording(tree), forensics(tree), hooks(tree), metrics(tree)]
+    parts.append(_not_won(tree))
     parts.append(SIDES_SAID.format(compile_tried=COMPILE_TRIED, jax_tried=JAX_TRIED))
     return "\n".join(part for part in parts if part)
 
@@ -83,7 +84,7 @@ def _where(tree: Tree) -> str:
             note(size["race"]["about"], f"race {name}")
         for side, found in size.get("identity", {}).items():
             note(found["about"], f"bits {name} {side}")
-    for part in ("command", "recording", "forensics", "hooks"):
+    for part in ("command", "recording", "forensics", "hooks", "metrics"):
         if part in tree:
             note(tree[part]["about"], part)
     lines = ["## Where and when", ""]
@@ -251,8 +252,9 @@ def _command(tree: Tree) -> str:
     training = ", ".join(f"{r['training_s']:.2f} s" for r in rounds)
     whole = ", ".join(f"{r['wall_s']:.2f} s" for r in rounds)
     return (
-        "## The whole command\n\n`minitrain train` with its defaults: 2000 steps with log, validation, checkpoints and "
-        f"the picture, nothing pinned. Training took {training}; the whole process {whole}.\n"
+        "## The whole command\n\n`minitrain train` with its defaults: 2000 steps with log, record, metrics, "
+        f"validation, checkpoints and the picture, nothing pinned. Training took {training}; the whole process "
+        f"{whole}.\n"
     )
 
 

@@ -3,7 +3,7 @@
     sizes.NAME.about           model, batch, flops, parameters
     sizes.NAME.race            about (when, where, with what), left_out, rounds[r][threads][entrant | "peak"]
     sizes.NAME.identity.SIDE   about, runs[] (isa, threads, build, steps, digest)
-    command, recording, forensics, hooks      about, rounds[]
+    command, recording, forensics, hooks, metrics      about, rounds[]
 
 Seconds, megabytes (10^6) and GFLOP/s, as measured; whatever is derived is derived when it is shown.
 """

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from minitrain.experiments import baseline, injection, ngram, place, roundtrip, training
+from minitrain.experiments import baseline, healthy, injection, ngram, overhead, place, roundtrip, training
 from minitrain.experiments.job import Finding, Job, Show, Stopped
 from minitrain.experiments.preset import load
 from minitrain.files import write_json
@@ -34,8 +34,10 @@ class Kind(NamedTuple):
 KINDS = {
     "training": Kind(lambda job: job.variants, training.make, resumes=True),
     "baseline": Kind(lambda job: job.config, baseline.make, resumes=True),
+    "healthy": Kind(healthy.check, healthy.make, resumes=True),
     "injection": Kind(injection.check, injection.make, resumes=True),
     "ngram": Kind(lambda job: job.config, ngram.make, resumes=True),
+    "overhead": Kind(overhead.check, overhead.make, resumes=False),
     "roundtrip": Kind(roundtrip.check, roundtrip.make, resumes=False),
 }
 """Checking raises ConfigError; it comes before anything is written."""

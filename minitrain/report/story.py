@@ -46,7 +46,7 @@ CONCERNS = {
     "training": "the loop",
     "data": "the text",
     "record": "what is kept of the run",
-    "metrics": "what is measured",
+    "metrics": "what is measured of the run",
     "injections": "faults that were caused on purpose",
 }
 """What the settings of a section have to do with."""
