@@ -4,8 +4,8 @@
 #     scripts/check_aarch64.sh FOLDER [STATE]
 #
 # Cross-compiles the engine with setup.py's flags and trains under QEMU's user-mode emulation: the default run up to
-# state 0, 100 (default) or 500, and five steps with dropout and five with untied weights. Compares the digests with
-# those of this machine and with minitrain/selftest.py. Exit status 0 if all are equal.
+# state 0, 100 (default) or 500, and five steps with dropout and five with untied weights. Compares the digests, and the
+# statistics of two arrays, with those of this machine and with minitrain/selftest.py. Exit status 0 if all are equal.
 #
 # For Debian on x86-64, as root: apt installs the cross compiler and QEMU. Nothing else is changed outside FOLDER,
 # which must not exist: arm64 packages are downloaded and unpacked there, unknown to the machine's dpkg.
@@ -57,8 +57,10 @@ done
 
 cat > probe.py <<'END'
 import sys
+import numpy as np
 from minitrain import selftest
 from minitrain.config import Config
+from minitrain.hooks import statistics
 
 def show(case, config, states):
     """Print the digests of these states of a run on one thread, and of state 5 on three threads."""
@@ -69,6 +71,12 @@ def show(case, config, states):
             print(f"{case} threads {threads} state {step}: {found}", flush=True)
             if expected and expected != found:
                 sys.exit(f"{case}: state {step} is not the golden {expected}")
+
+near = (np.arange(3000) * 37 % 171 - 60).astype(np.float32) * np.float32(0.01)
+broken = near.copy()
+broken[[5, 900, 2999]] = np.nan, np.inf, -np.inf
+for case, x in ("fast", near), ("exact", broken):
+    print(f"statistics, {case}:", *(f.hex() if isinstance(f, float) else f for f in statistics(x)))
 
 default = Config()
 show("default", default, {t: d for t, d in selftest.GOLDEN.items() if t <= int(sys.argv[1])})
