@@ -22,7 +22,7 @@ FLOORS = [
     ["loop", "report", "assembly"],
     ["record"],
     ["metrics"],
-    ["dashboard"],
+    ["dashboard", "keeper"],
     ["trainer", "selftest", "sampling", "replay"],
     ["cli", "terminal", "experiments", "fork"],
     ["commands"],

@@ -145,38 +145,28 @@ def _fall(losses: Floats) -> float:
 
 def validation_follows(run: RunData) -> Check:
     """Validation that stays where it was while training falls looks at something else."""
-    changes = _changes(run)
-    passed, measured = None, "fewer than 3 finite validations"
-    if changes:
-        train, val = changes
-        passed = not (val < THRESHOLDS["flat"] and train > THRESHOLDS["falls"])
-        measured = f"since the first validation train fell {100 * train:.0f} %, validation {100 * val:.0f} %"
-    return _check(
-        "validation follows",
-        "Does validation fall while training falls?",
-        f"not under {100 * THRESHOLDS['flat']:g} % while train is over {100 * THRESHOLDS['falls']:g} %",
-        "loss mask on the input in place of the target, or the splits",
-        passed,
-        measured,
-    )
+    question, advice = "Does validation fall while training falls?", "loss mask on the input, or the splits"
+    return _falls_along(run, "validation follows", question, "validation", advice)
 
 
 def training_follows(run: RunData) -> Check:
     """The other way round, the splits are swapped."""
-    changes = _changes(run)
+    question = "Does training fall while validation falls?"
+    return _falls_along(run, "training falls", question, "train", "the splits are swapped")
+
+
+def _falls_along(run: RunData, name: str, question: str, follower: str, advice: str) -> Check:
+    """Whether one of the two losses falls at all while the other falls."""
+    flat, falls = THRESHOLDS["flat"], THRESHOLDS["falls"]
+    leader = "train" if follower == "validation" else "validation"
     passed, measured = None, "fewer than 3 finite validations"
-    if changes:
-        train, val = changes
-        passed = not (train < THRESHOLDS["flat"] and val > THRESHOLDS["falls"])
-        measured = f"since the first validation train fell {100 * train:.0f} %, validation {100 * val:.0f} %"
-    return _check(
-        "training falls",
-        "Does training fall while validation falls?",
-        f"not under {100 * THRESHOLDS['flat']:g} % while validation is over {100 * THRESHOLDS['falls']:g} %",
-        "the splits are swapped",
-        passed,
-        measured,
-    )
+    if changes := _changes(run):
+        fell = dict(zip(("train", "validation"), changes, strict=True))
+        passed = not (fell[follower] < flat and fell[leader] > falls)
+        told = ", ".join(f"{loss} {'fell ' if loss == 'train' else ''}{100 * x:.0f} %" for loss, x in fell.items())
+        measured = f"since the first validation {told}"
+    threshold = f"not under {100 * flat:g} % while {leader} is over {100 * falls:g} %"
+    return _check(name, question, threshold, advice, passed, measured)
 
 
 def behind_warmup(run: RunData) -> Check:
