@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from minitrain import cli, commands, trainer
+from minitrain import cli, commands, keeper, trainer
 from minitrain.cli import main
 from minitrain.data.prepare import prepare
 from minitrain.run_folder import RunFolder
@@ -220,7 +220,7 @@ def test_damaged_log_is_named():
 
 def test_disk_full(monkeypatch):
     """No room for a checkpoint: one message, exit code 2, and the run resumes from the last that was written."""
-    write, count = trainer.save_checkpoint, [0]
+    write, count = keeper.save_checkpoint, [0]
 
     def fails_the_second_time(*arguments, **names):
         count[0] += 1
@@ -229,7 +229,7 @@ def test_disk_full(monkeypatch):
         write(*arguments, **names)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", fails_the_second_time)
+        patch.setattr(keeper, "save_checkpoint", fails_the_second_time)
         result = train()
     assert result.exit_code == 2
     assert "No space left on device" in result.stderr

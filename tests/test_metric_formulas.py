@@ -17,9 +17,14 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @given(SEEDS, st.integers(1, 12), st.integers(1, 12), st.sampled_from([1e-6, 1.0, 1e6]))
 def test_spectral_norm(seed, rows, columns, scale):
-    """Every iteration stays below the largest singular value and never falls; with enough of them it is there."""
+    """Every iteration stays below the largest singular value and never falls.
+
+    Where that is half as large again as the second, going on from where it stood has it after 30 measurements.
+    """
     rng = np.random.default_rng(seed)
-    w = (scale * rng.standard_normal((rows, columns))).astype(np.float32)
+    u, s, v = np.linalg.svd(rng.standard_normal((rows, columns)), full_matrices=False)
+    s[1:] *= min(1.0, s[0] / (1.5 * s[1])) if len(s) > 1 else 1.0
+    w = (scale * (u * s) @ v).astype(np.float32)
     largest = float(np.linalg.svd(w.astype(np.float64), compute_uv=False)[0])
     vector, before = formulas.first_vector(columns), 0.0
     for _ in range(5):
@@ -28,7 +33,7 @@ def test_spectral_norm(seed, rows, columns, scale):
         before = norm
     for _ in range(30):  # over and over from where it stood
         norm, vector = formulas.spectral_norm(w, vector)
-    assert norm == pytest.approx(largest, rel=0.02)
+    assert norm == pytest.approx(largest, rel=1e-3)
 
 
 def test_spectral_norm_of_odd_matrices():
