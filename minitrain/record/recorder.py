@@ -1,9 +1,8 @@
 """The recorder: a listener of the training loop that writes down what every step read and left.
 
-On the loop's own thread it takes what will be gone with the next update: the digests of the state that a step has left,
-and a copy of its moments. Two threads of its own do the rest. The reader takes the digests of what a step reads while
-the step reads it, and has them ready before the update; the writer packs and writes. What the recorder was told is on
-disk, in order, once `settle` returns.
+On the loop's own thread it copies the state that a step has left, and before the next update compares the copy with what
+that step read. A thread of its own does the rest: it takes the digests of the copy, packs and writes. What the recorder
+was told is on disk, in order, once `settle` returns.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
+from minitrain._ext.engine import same_bits
 from minitrain.assembly import Parts
 from minitrain.config import Config
 from minitrain.data.batches import Batch
@@ -32,7 +31,7 @@ from minitrain.record.journal import FORMAT_VERSION, canonical
 from minitrain.record.layout import Layout, layout_of
 from minitrain.record.writer import Flats, RecordWriter
 from minitrain.run_folder import RunFolder
-from minitrain.state import State
+from minitrain.state import State, copy_state
 from minitrain.tensors import KINDS
 
 BACKLOG_BYTES = 64 << 20
@@ -58,34 +57,34 @@ def require_room(folder: RunFolder, layout: Layout) -> int:
 
 
 class _Read(NamedTuple):
-    """What a step reads."""
+    """What a step reads, but for its state."""
 
-    body: dict[str, Any]
-    """Its part of the frame."""
-    state: list[int]
-    """xxh3-64 of the raw bits of every tensor."""
+    step: int
+    rows: bytes
+    batch_digest: int
 
 
 class _Backlog:
-    """The steps on their way to the disk, each with buffers of its own for m and v, which are used again."""
+    """The states on their way to the disk, in buffers that are used again."""
 
-    def __init__(self, steps: int, parameters: int, copies: int) -> None:
-        self._room = threading.Semaphore(steps)
-        self._free: list[tuple[NDArray[np.float32], ...]] = []
-        self._shape = copies, parameters
+    def __init__(self, like: State, states: int) -> None:
+        self._like = like
+        self._room = threading.Semaphore(states)
+        self._free: list[State] = []
 
-    def copy(self, *flats: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
-        """Copies of these, once there is room for one more step."""
+    def copy(self, state: State) -> State:
+        """A copy, once there is room for one more."""
         self._room.acquire()
-        buffers = self._free.pop() if self._free else tuple(np.empty(self._shape, np.float32))
-        for buffer, flat in zip(buffers, flats, strict=True):
-            np.copyto(buffer, flat)
-        return buffers
+        like = self._like
+        copy = self._free.pop() if self._free else State(-1, like.params.like(), like.m.like(), like.v.like())
+        copy_state(state, copy)
+        return copy
 
-    def written(self, buffers: tuple[NDArray[np.float32], ...]) -> None:
-        """They are free again."""
-        self._free.append(buffers)
-        self._room.release()
+    def free(self, copy: State | None) -> None:
+        """It is needed no more."""
+        if copy is not None:
+            self._free.append(copy)
+            self._room.release()
 
 
 class Recorder(Listener):
@@ -113,31 +112,23 @@ class Recorder(Listener):
             **self._layout.attributes,
         }
         self._writer = RecordWriter(folder, self._layout, header, state.step)
-        self._out: NDArray[np.uint64] | list[int] = self._writer.digest_out
-        """What the last step left: (3, N), or one after the other."""
-        self._raw: list[int] = []
-        self._tensors = [tensor.data for group in groups(state) for tensor in group.values()][::-1]
         if state.step == start:
             self._writer.keyframe(0, _flats(state))
-        self._body: dict[str, Any] = {}
+        self._left: State | None = None
+        """A copy of what the last step left; None before the first."""
+        self._read: _Read | None = None
+        self._digest_in: NDArray[np.uint64] | None = None
         self._heard: list[int] = []
         self._finite = True
-        self._injected = False
         self._error: Exception | None = None
         self._off = False
         self._handles = [parts.hooks.listen(self._clipped, "clip")]
         if self._layout.S:
             self._handles.append(parts.hooks.listen(self._hear))
-        rows = self._layout.of("rows")
-        steps = max(2, min(BACKLOG_STEPS, BACKLOG_BYTES // (1 + sum(spec.row_bytes for spec in rows))))
-        self._backlog = _Backlog(steps, self._layout.P, len(rows))
-        self._jobs: SimpleQueue[tuple[Callable[[], None], bool] | None] = SimpleQueue()
-        self._asked: SimpleQueue[tuple[int, Batch] | None] = SimpleQueue()
-        self._answers: SimpleQueue[_Read | Exception] = SimpleQueue()
-        self._reading = False
-        self._threads = [threading.Thread(target=f, name=f.__name__, daemon=True) for f in (self._read, self._write)]
-        for thread in self._threads:
-            thread.start()
+        self._backlog = _Backlog(state, max(2, min(BACKLOG_STEPS, BACKLOG_BYTES // (12 * self._layout.P))))
+        self._jobs: SimpleQueue[tuple[Callable[[], None], Callable[[], None]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="record", daemon=True)
+        self._thread.start()
 
     # Told by the loop, on its thread
 
@@ -146,30 +137,20 @@ class Recorder(Listener):
         self._require_no_error()
         if self._off:
             return
-        if self._reading:  # the step before this was not finished
-            self._answers.get()
-        self._asked.put((step, batch))
-        self._reading = True
+        self._read = _Read(step, batch.rows.tobytes(), batch_digest(batch))
         self._heard.clear()
 
-    def _take_what_was_read(self, state: State) -> None:
-        """Wait for the reader. State t is still what the step reads: parameters and moments change with the update."""
-        read = self._answers.get()
-        self._reading = False
-        if isinstance(read, Exception):
-            raise read
-        digest_in, injected = None, [one for one in self._config.injections if one.step == state.step]
-        self._injected = bool(injected)
-        if read.state != self._raw:  # the first step, NaNs, or memory that has changed since the last step
-            now = state_digests(state)
-            if state.step == self._layout.start:
-                digest_in = now
-            elif not np.array_equal(now, before := np.array(self._out, np.uint64).reshape(3, -1)):
-                digest_in = now
-                self._memory_changed(state, np.argwhere(now != before))
-        for one in injected:
-            self._tell(partial(self._writer.event, event(one)))
-        self._body = read.body | {"digest_in": None if digest_in is None else digest_in.tobytes()}
+    def _digest_if_changed(self, state: State) -> NDArray[np.uint64] | None:
+        """Digests of state t as the step reads it: at the first step, and where step t-1 left something else."""
+        if self._left and all(map(same_bits, _flats(state), _flats(self._left))):
+            return None
+        now = state_digests(state)
+        if state.step != self._layout.start:
+            before = state_digests(self._left) if self._left else self._writer.digest_out
+            if np.array_equal(now, before):
+                return None
+            self._memory_changed(state, np.argwhere(now != before))
+        return now
 
     def _memory_changed(self, state: State, tensors: NDArray[np.int64]) -> None:
         """State t is not what step t-1 left: say so, and keep it, before the update is made of it."""
@@ -184,13 +165,16 @@ class Recorder(Listener):
         """Between the norm and the update, the last moment at which parameters and moments are as they were read."""
         if self._off:
             return
-        self._take_what_was_read(self._parts.state())
-        model = self._parts.model
+        state, model = self._parts.state(), self._parts.model
+        self._digest_in = self._digest_if_changed(state)
+        for one in self._config.injections:
+            if one.step == state.step:
+                self._tell(partial(self._writer.event, event(one)))
         finite = math.isfinite(self._parts.optimizer.norms.before) and math.isfinite(model.loss_sum[0])
         if self._finite and not finite:
             self._save_incident(
                 "nonfinite",
-                self._parts.state(),
+                state,
                 {**{f"grad.{name}": grad for name, grad in model.grads.items()}, **model.activations()},
             )
 
@@ -209,25 +193,16 @@ class Recorder(Listener):
         if self._off:
             return
         self._finite = stats.finite
-        self._raw = self._hash()
-        # max keeps NaN; one in a moment is one in its parameter, unless it was put there
-        nan = any(math.isnan(flat.max()) for flat in (_flats(state) if self._injected else (state.params.flat,)))
-        self._out = state_digests(state) if nan else self._raw
-        if state.step in self._keyframe:
-            copies = tuple(flat.copy() for flat in _flats(state))
-            self._tell(partial(self._writer.keyframe, self._keyframe[state.step], copies))
-        moments = self._backlog.copy(*(_flats(state)[1:] if self._layout.moments else ()))
-        self._tell(partial(self._commit, self._body, stats, self._out, tuple(self._heard), moments))
-        self._tell(partial(self._backlog.written, moments), always=True)
-
-    def _hash(self) -> list[int]:
-        """xxh3-64 of the raw bits of every tensor. The parameters come last: they are looked at once more."""
-        return [xxhash.xxh3_64_intdigest(tensor) for tensor in self._tensors][::-1]
+        copy = self._backlog.copy(state)
+        keyframe = self._keyframe.get(state.step)
+        commit = partial(self._commit, self._read, self._digest_in, stats, tuple(self._heard), copy, keyframe)
+        self._tell(commit, then=partial(self._backlog.free, self._left))
+        self._left = copy
 
     def settle(self) -> None:
         """Wait until everything told so far is on disk. Raises RunError where that failed."""
         done = threading.Event()
-        self._tell(done.set, always=True)
+        self._tell(lambda: None, then=done.set)
         done.wait()
         self._require_no_error()
         if not self._off:
@@ -257,10 +232,8 @@ class Recorder(Listener):
         stopped = not self._finite and self._config.training.on_nonfinite == "stop"
         for handle in self._handles:
             handle.remove()
-        self._asked.put(None)
         self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
         try:
             self._writer.close()
             state = self._parts.state()
@@ -270,54 +243,50 @@ class Recorder(Listener):
             self._error = self._error or error
         self._require_no_error()
 
-    # Threads
+    # The thread
 
-    def _read(self) -> None:
-        while (asked := self._asked.get()) is not None:
-            try:
-                self._answers.put(_Read(self._read_body(*asked), self._hash()))
-            except Exception as error:  # told on the loop's thread
-                self._answers.put(error)
-
-    def _read_body(self, step: int, batch: Batch) -> dict[str, Any]:
-        return {
-            "step": step,
-            "rows": batch.rows.tobytes(),
-            "batch_digest": batch_digest(batch),
-            "rng": rng_words(self._config, self._parts.batches, step).tobytes(),
-        }
-
-    def _tell(self, job: Callable[[], None], always: bool = False) -> None:
-        """A job for the writer, who does it even behind an error if it is to be done ``always``."""
-        self._jobs.put((job, always))
+    def _tell(self, job: Callable[[], None], then: Callable[[], None] = lambda: None) -> None:
+        """A job for the thread, which does what comes ``then`` even where the job is not to be done any more."""
+        self._jobs.put((job, then))
 
     def _write(self) -> None:
         while (told := self._jobs.get()) is not None:
-            job, always = told
+            job, then = told
             try:
-                if always or self._error is None:
+                if self._error is None:
                     job()
             except Exception as error:  # told on the loop's thread
                 self._error = error
+            then()
 
     def _commit(
         self,
-        body: dict[str, Any],
+        read: _Read,
+        digest_in: NDArray[np.uint64] | None,
         stats: StepStats,
-        digest_out: NDArray[np.uint64] | list[int],
         heard: tuple[int, ...],
-        moments: tuple[NDArray[np.float32], ...],
+        left: State,
+        keyframe: int | None,
     ) -> None:
-        body |= {
+        flats = _flats(left)
+        if keyframe is not None:
+            self._writer.keyframe(keyframe, flats)
+        body = {
+            "step": read.step,
+            "rows": read.rows,
+            "batch_digest": read.batch_digest,
+            "rng": rng_words(self._config, self._parts.batches, read.step).tobytes(),
+            "digest_in": None if digest_in is None else digest_in.tobytes(),
             "loss": canonical(stats.loss),
             "lr": stats.lr,
             "grad_norm": canonical(stats.grad_norm),
             "grad_norm_clipped": canonical(stats.grad_norm_clipped),
             "loss_scale": 1.0,
             "tokens": stats.tokens,
-            "digest_out": np.array(digest_out, np.uint64).tobytes(),
+            "digest_out": state_digests(left).tobytes(),
             **({"sites": np.array(heard, np.uint64).tobytes()} if self._layout.S else {}),
         }
+        moments = flats[1:] if self._layout.moments else ()
         if not self._writer.step(body, moments):
             self.alerts.append(
                 f"step {body['step']} has other bits than it had before the run was resumed: trust neither"
