@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from minitrain import elementary
 from minitrain._ext.plan import Backend, Plan
 from minitrain.sections import ModelConfig
-from minitrain.tensors import Tensors, activation_table, gradient_table
+from minitrain.tensors import Tensors, activation_table, gradient_table, zeros
 
 LAYERNORM_EPS = 1e-5
 ROPE_BASE = 10000.0
@@ -33,7 +33,9 @@ def rope_tables(T: int, C: int, H: int) -> tuple[NDArray[np.float32], NDArray[np
             cosine[t, 2 * i : 2 * i + 2] = elementary.cos(t * frequency)
             sine[t, 2 * i + 1] = elementary.sin(t * frequency)
             sine[t, 2 * i] = -sine[t, 2 * i + 1]
-    return np.tile(cosine, H).astype(np.float32), np.tile(sine, H).astype(np.float32)
+    tables = zeros(2, T, C)
+    tables[:] = np.tile(cosine, H), np.tile(sine, H)
+    return tables[0], tables[1]
 
 
 class Passes:
@@ -45,7 +47,7 @@ class Passes:
         self.tokens, self.targets = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
         self.attn_pad_mask, self.loss_mask = np.ones((B, T), np.uint8), np.ones((B, T), np.uint8)
         self.loss = np.zeros(3)  # mean, sum, number of tokens
-        self.arrays: dict[str, Array] = {a.name: np.zeros(a.shape, np.float32) for a in activation_table(c, B, T)}
+        self.arrays: dict[str, Array] = {a.name: zeros(*a.shape) for a in activation_table(c, B, T)}
         self._c, self._backend, self._key, self._shape = c, backend, key, (B, T)
         self._params, self._grads = params, grads
         self._rope = rope_tables(T, c.d_model, c.n_head)
@@ -56,7 +58,7 @@ class Passes:
     def backward(self) -> Plan:
         """Made at the first backward pass: shapes that are only evaluated need no gradients."""
         for a in gradient_table(self._c, *self._shape):
-            self.arrays[a.name] = np.zeros(a.shape, np.float32)
+            self.arrays[a.name] = zeros(*a.shape)
         return self._backward(Plan(self._backend), rate=self._c.dropout)
 
     def _block_input(self, i: int) -> str:
@@ -231,7 +233,7 @@ class Passes:
 
     def _partial(self, name: str) -> Array:
         """Sums of a bias or a gain, one row a sequence."""
-        return np.zeros((self._shape[0], *self._params[name].shape), np.float32)
+        return zeros(self._shape[0], *self._params[name].shape)
 
 
 class _Queue:
