@@ -202,6 +202,19 @@ def adamw(theta: F, m: F, v: F, g: F, offsets: F, decays: F, hyper: F) -> None:
     adamw_theta(theta, m, v, offsets, decays, hyper)
 
 
+def adamw_copying(
+    theta: F, m: F, v: F, theta_copy: F, m_copy: F, v_copy: F, sums: F, g: F, offsets: F, decays: F, hyper: F
+) -> None:
+    adamw(theta, m, v, g, offsets, decays, hyper)
+    theta_copy[:], m_copy[:], v_copy[:] = theta, m, v
+    checksum(sums, theta, m, v)
+
+
+def checksum(sums: F, theta: F, m: F, v: F) -> None:
+    weights = np.arange(1, 2 * len(theta), 2, np.uint32)
+    sums += [(x.astype(np.float32).view(np.uint32) * weights).sum(dtype=np.uint32) for x in (theta, m, v)]
+
+
 def adamw_theta(theta: F, m: F, v: F, offsets: F, decays: F, hyper: F) -> None:
     lr, beta1, beta2, eps, decay, t = (float(h) for h in hyper)
     f = theta.dtype.type

@@ -114,7 +114,7 @@ class Signature:
             return sizes["B"]
         if self.split == "blocks":
             return -(-sizes["P"] // 4096)
-        return -(-sizes[self.arrays[0].dims[-1]] // 16)
+        return -(-sizes["P" if self.split == "elements" else self.arrays[0].dims[-1]] // 16)
 
 
 _ARRAY = re.compile(r"(\w+)\[([\w,]+)\](?::(\w+))?(\?)?")
@@ -145,6 +145,7 @@ _KEY: Rule = ("key", "seed, purpose and step", lambda s: s["W"] == 3)
 _PAIRS: Rule = ("x", "(B, T, C) with C even", lambda s: s["C"] % 2 == 0)
 _BLOCKS: Rule = ("sums", "one sum for each 4096 elements of g", lambda s: s["G"] == -(-s["P"] // 4096))
 _SEGMENTS: Rule = ("offsets", "one more than segments in decays", lambda s: s["E"] == s["S"] + 1)
+_THREE: Rule = ("sums", "one for theta, m and v each", lambda s: s["K"] == 3)
 _HYPER: Rule = ("hyper", "lr, beta1, beta2, eps, decay and t", lambda s: s["R"] == 6)
 
 SIGNATURES: dict[str, Signature] = {
@@ -211,6 +212,14 @@ SIGNATURES: dict[str, Signature] = {
             "elements",
             rules=(_SEGMENTS, _HYPER),
         ),
+        _signature(
+            "adamw_copying",
+            "theta[P], m[P], v[P], theta_copy[P], m_copy[P], v_copy[P], sums[K]:u4;"
+            " g[P], offsets[E]:i8, decays[S]:u1, hyper[R]:f8",
+            "elements",
+            rules=(_SEGMENTS, _HYPER, _THREE),
+        ),
+        _signature("checksum", "sums[K]:u4; theta[P], m[P], v[P]", "elements", rules=(_THREE,)),
         _signature(
             "adamw_theta",
             "theta[P]; m[P], v[P], offsets[E]:i8, decays[S]:u1, hyper[R]:f8",

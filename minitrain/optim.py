@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from minitrain._ext.plan import Backend, CompiledBackend, Plan
 from minitrain.hooks import Hooks
 from minitrain.sections import OptimizerConfig
+from minitrain.state import State
 from minitrain.tensors import Tensors
 
 NORM_BLOCK = 4096
@@ -102,6 +103,10 @@ class AdamW:
         self.norms = Norms(0.0, 0.0)
         self.m: Tensors | None = None
         self.v: Tensors | None = None
+        self.copy_to: State | None = None
+        """Where the next update leaves its results as well."""
+        self.copied = np.zeros(3, np.uint32)
+        """The `checksum` of what the last update with ``copy_to`` left."""
         self._bound: tuple[Tensors, Tensors] | None = None
 
     def bind(self, params: Tensors, grads: Tensors) -> tuple[Tensors, Tensors]:
@@ -115,17 +120,28 @@ class AdamW:
 
     def _plan(self, params: Tensors, grads: Tensors, m: Tensors, v: Tensors) -> None:
         self._factor, self._limit, self._hyper = np.zeros(1), np.zeros(1), np.zeros(6)
-        decays = np.array([p.decays for p in params.table], np.uint8)
         self._norm = _NormPlan(self.backend, grads.flat)
-        self._clamp, self._scale, self._adamw = Plan(self.backend), Plan(self.backend), Plan(self.backend)
+        self._clamp, self._scale = Plan(self.backend), Plan(self.backend)
         self._clamp.add("clamp", grads.flat, self._limit)
         self._scale.add("scale", grads.flat, self._factor)
-        self._adamw.add("adamw", params.flat, m.flat, v.flat, grads.flat, params.offsets, decays, self._hyper)
+        self._adamw = self._update_plan(params, grads, m, v)
+        self._copying: dict[int, tuple[State, Plan]] = {}
+        self._sums, self._checksum = np.zeros(3, np.uint32), Plan(self.backend)
+        self._checksum.add("checksum", self._sums, params.flat, m.flat, v.flat)
         self._clipped = Plan(self.backend)
         self._clipped.site("clip", grads.flat)
+
+    def _update_plan(self, params: Tensors, grads: Tensors, m: Tensors, v: Tensors, copy: State | None = None) -> Plan:
+        plan, decays = Plan(self.backend), np.array([p.decays for p in params.table], np.uint8)
+        state, rest = (params.flat, m.flat, v.flat), (grads.flat, params.offsets, decays, self._hyper)
+        if copy is None:
+            plan.add("adamw", *state, *rest)
+        else:
+            plan.add("adamw_copying", *state, copy.params.flat, copy.m.flat, copy.v.flat, self.copied, *rest)
         for kind, tensors in ("m", m), ("v", v), ("param", params):
             for name, tensor in tensors.items():
-                self._adamw.site(f"{kind}.{name}", tensor)
+                plan.site(f"{kind}.{name}", tensor)
+        return plan
 
     @property
     def plans(self) -> list[Plan]:
@@ -169,13 +185,25 @@ class AdamW:
         return self.norms
 
     def update(self, params: Tensors, grads: Tensors) -> None:
-        """One AdamW update in place with ``self.lr``; t counts from 1."""
-        self.bind(params, grads)
+        """One AdamW update in place with ``self.lr``; t counts from 1. Its results are left in ``copy_to`` as well."""
+        m, v = self.bind(params, grads)
+        plan, copy, self.copy_to = self._adamw, self.copy_to, None
+        if copy is not None:
+            if id(copy) not in self._copying:
+                self._copying[id(copy)] = copy, self._update_plan(params, grads, m, v, copy)
+            plan = self._copying[id(copy)][1]
+            self.copied[:] = 0
         if self._own_hooks:
             self.hooks.step = self.updates
         self.updates += 1
         self._hyper[:] = hyper_row(self.config, self.lr, self.updates)
-        self._adamw.run(self.hooks)
+        plan.run(self.hooks)
+
+    def checksum(self) -> bytes:
+        """Of the bits of parameters, m and v: quick, and sure to show that one number has changed."""
+        self._sums[:] = 0
+        self._checksum.run()
+        return self._sums.tobytes()
 
     def step(self, params: Tensors, grads: Tensors) -> Norms:
         """`clip`, then `update`."""

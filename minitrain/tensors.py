@@ -7,6 +7,7 @@ C = d_model, F = d_ff, V = vocab_size, H heads.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -176,11 +177,12 @@ class Tensors(Mapping[str, NDArray[np.float32]]):
     says where each tensor starts.
     """
 
-    def __init__(self, table: Sequence[Parameter]) -> None:
+    def __init__(self, table: Sequence[Parameter], flat: NDArray[np.float32] | None = None) -> None:
+        """Zeros, or the numbers that stand in ``flat``."""
         self.table = list(table)
         counts = [math.prod(p.shape) for p in self.table]
         self.offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.flat = zeros(int(self.offsets[-1]))
+        self.flat = zeros(int(self.offsets[-1])) if flat is None else flat
         bounds = zip(self.table, self.offsets[:-1], self.offsets[1:], strict=True)
         self._views = {p.name: self.flat[a:b].reshape(p.shape) for p, a, b in bounds}
 
@@ -214,6 +216,14 @@ def zeros(*shape: int) -> NDArray[np.float32]:
     memory = np.zeros(size + CACHE_LINE, np.uint8)
     start = -memory.ctypes.data % CACHE_LINE
     return memory[start : start + size].view(np.float32).reshape(shape)
+
+
+def pages(size: int) -> memoryview:
+    """Zeros from the front of a page on; large pages where the system has them, which are less work for its kernel."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
 
 
 def canonical_bits(array: NDArray[np.float32]) -> NDArray[np.uint32]:

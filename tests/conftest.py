@@ -79,6 +79,7 @@ IN_PLACE = {
     "scale": {"g"},
     "clamp": {"g"},
     "adamw": {"theta", "m", "v"},
+    "adamw_copying": {"theta", "m", "v"},
     "adamw_theta": {"theta"},
 }
 """Outputs that are read as well. Those of `accumulate` come on top; all others but ZEROED hold NaN before the call."""
@@ -110,7 +111,8 @@ def draw_sizes(kernel: str, integer: Integer) -> Sizes:
         sizes["G"] = -(-sizes["P"] // 4096)
     if kernel.startswith("adamw"):
         sizes["E"] = sizes["S"] + 1
-    fixed = {"mean_loss": 3, "cross_entropy_backward": 3, "adamw": len(HYPER), "adamw_theta": len(HYPER)}
+    fixed = {"mean_loss": 3, "cross_entropy_backward": 3}
+    fixed |= dict.fromkeys(("adamw", "adamw_copying", "adamw_theta"), len(HYPER))
     return sizes | {"R": fixed.get(kernel, 1), "W": 3}
 
 

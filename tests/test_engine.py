@@ -69,7 +69,7 @@ def test_special_values(isa_backend):
 def good(kernel: str, kernels: Any) -> list[Any]:
     """Arguments that are accepted, with every optional array."""
     sizes = {"B": 2, "T": 3, "N": 4, "K": 5, "C": 4, "V": 7, "H": 2, "P": 8, "S": 1, "E": 2, "G": 1, "W": 3}
-    sizes["R"] = {"adamw": 6, "adamw_theta": 6, "mean_loss": 3, "cross_entropy_backward": 3}.get(kernel, 1)
+    sizes["R"] = {"adamw": 6, "adamw_copying": 6, "adamw_theta": 6, "mean_loss": 3, "cross_entropy_backward": 3}.get(kernel, 1)
     signature = SIGNATURES[kernel]
     for seed in range(100):
         arguments = kernels.arguments(kernel, sizes, np.random.default_rng(seed))

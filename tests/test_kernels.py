@@ -61,6 +61,7 @@ TOLERANCE = {
     "scale": 2e-7,
     "clamp": 1e-7,
     "adamw": 2e-7,
+    "adamw_copying": 2e-7,
     "adamw_theta": 2e-7,
     "exp": 2e-7,
     "log": 2e-7,

@@ -48,7 +48,7 @@ VANISHES = {
 
 def inputs(kernel: str) -> list[str]:
     """The floating-point arrays that a kernel reads."""
-    in_place = {"rope": ["x"], "scale": ["g"], "clamp": ["g"], "adamw": ["theta", "m", "v"], "adamw_theta": ["theta"]}
+    in_place = {"rope": ["x"], "scale": ["g"], "clamp": ["g"], "adamw": ["theta", "m", "v"], "adamw_copying": ["theta", "m", "v"], "adamw_theta": ["theta"]}
     accumulated = {"linear_backward_input": ["dx"], "embedding_backward": ["dweight"]}
     read = [a.name for a in SIGNATURES[kernel].arrays if not a.output and a.dtype.kind == "f"]
     return in_place.get(kernel, []) + accumulated.get(kernel, []) + read

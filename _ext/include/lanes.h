@@ -23,6 +23,8 @@ INLINE uint32_t lane_bits(int64_t n) { return n >= LANES ? 0xFFFFu : n <= 0 ? 0u
 typedef __m512 V;
 INLINE V vload(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void vstore(float *p, V a) { _mm512_storeu_ps(p, a); }
+INLINE void vstream(float *p, V a) { _mm512_stream_ps(p, a); }
+INLINE void vstream_end(void) { _mm_sfence(); }
 INLINE V vset(float x) { return _mm512_set1_ps(x); }
 INLINE V vfma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }    // a*b + c
 INLINE V vfnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a*b
@@ -43,6 +45,8 @@ INLINE V vadd_int(V a, V b) { return _mm512_castsi512_ps(_mm512_add_epi32(_mm512
 INLINE V vsub_int(V a, V b) { return _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
 INLINE V vand_int(V a, uint32_t b) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32((int)b))); }
 INLINE V vor_int(V a, uint32_t b) { return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a), _mm512_set1_epi32((int)b))); }
+INLINE V vmul_int(V a, V b) { return _mm512_castsi512_ps(_mm512_mullo_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
+INLINE V vset_int(uint32_t a) { return _mm512_castsi512_ps(_mm512_set1_epi32((int)a)); }
 #define VSHIFT_LEFT(a, n) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), n))
 #define VSHIFT_RIGHT(a, n) _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(a), n))
 INLINE V vcount_zeros(V count, V a) {  // lanes of integers: one more where a is 0.0 or -0.0
@@ -62,6 +66,8 @@ INLINE __m256i as_int(__m256 a) { return _mm256_castps_si256(a); }
 INLINE __m256 as_float(__m256i a) { return _mm256_castsi256_ps(a); }
 INLINE V vload(const float *p) { return BOTH(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
 INLINE void vstore(float *p, V a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
+INLINE void vstream(float *p, V a) { _mm256_stream_ps(p, a.lo); _mm256_stream_ps(p + 8, a.hi); }
+INLINE void vstream_end(void) { _mm_sfence(); }
 INLINE V vset(float x) { __m256 t = _mm256_set1_ps(x); return BOTH(t, t); }
 INLINE V vfma(V a, V b, V c) { return BOTH(_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)); }
 INLINE V vfnma(V a, V b, V c) { return BOTH(_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)); }
@@ -102,6 +108,8 @@ INLINE V vadd_int(V a, V b) { return BOTH(as_float(_mm256_add_epi32(as_int(a.lo)
 INLINE V vsub_int(V a, V b) { return BOTH(as_float(_mm256_sub_epi32(as_int(a.lo), as_int(b.lo))), as_float(_mm256_sub_epi32(as_int(a.hi), as_int(b.hi)))); }
 INLINE V vand_int(V a, uint32_t b) { __m256 t = as_float(_mm256_set1_epi32((int)b)); return BOTH(_mm256_and_ps(a.lo, t), _mm256_and_ps(a.hi, t)); }
 INLINE V vor_int(V a, uint32_t b) { __m256 t = as_float(_mm256_set1_epi32((int)b)); return BOTH(_mm256_or_ps(a.lo, t), _mm256_or_ps(a.hi, t)); }
+INLINE V vmul_int(V a, V b) { return BOTH(as_float(_mm256_mullo_epi32(as_int(a.lo), as_int(b.lo))), as_float(_mm256_mullo_epi32(as_int(a.hi), as_int(b.hi)))); }
+INLINE V vset_int(uint32_t a) { __m256 t = as_float(_mm256_set1_epi32((int)a)); return BOTH(t, t); }
 #define VSHIFT_LEFT(a, n) BOTH(as_float(_mm256_slli_epi32(as_int((a).lo), n)), as_float(_mm256_slli_epi32(as_int((a).hi), n)))
 #define VSHIFT_RIGHT(a, n) BOTH(as_float(_mm256_srli_epi32(as_int((a).lo), n)), as_float(_mm256_srli_epi32(as_int((a).hi), n)))
 INLINE __m256 count_zeros8(__m256 count, __m256 a) {
@@ -120,6 +128,8 @@ INLINE uint32_t float_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 INLINE float bits_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 INLINE V vload(const float *p) { V r; memcpy(&r, p, sizeof r); return r; }
 INLINE void vstore(float *p, V a) { memcpy(p, &a, sizeof a); }
+INLINE void vstream(float *p, V a) { vstore(p, a); }
+INLINE void vstream_end(void) {}
 INLINE V vset(float x) { EACH_LANE(x); }
 INLINE V vfma(V a, V b, V c) { EACH_LANE(fmaf(a.f[i], b.f[i], c.f[i])); }
 INLINE V vfnma(V a, V b, V c) { EACH_LANE(fmaf(-a.f[i], b.f[i], c.f[i])); }
@@ -138,6 +148,8 @@ INLINE V vload_bits(uint32_t bits, const float *p) { EACH_LANE(bits >> i & 1 ? p
 INLINE void vstore_first(float *p, V a, int64_t n) { for (int i = 0; i < n; i++) p[i] = a.f[i]; }
 INLINE V vadd_int(V a, V b) { EACH_BITS(float_bits(a.f[i]) + float_bits(b.f[i])); }
 INLINE V vsub_int(V a, V b) { EACH_BITS(float_bits(a.f[i]) - float_bits(b.f[i])); }
+INLINE V vmul_int(V a, V b) { EACH_BITS(float_bits(a.f[i]) * float_bits(b.f[i])); }
+INLINE V vset_int(uint32_t b) { V a = vset(0.0f); EACH_BITS((float_bits(a.f[i]), b)); }
 INLINE V vand_int(V a, uint32_t b) { EACH_BITS(float_bits(a.f[i]) & b); }
 INLINE V vor_int(V a, uint32_t b) { EACH_BITS(float_bits(a.f[i]) | b); }
 INLINE V vshift_left(V a, int n) { EACH_BITS(float_bits(a.f[i]) << n); }
@@ -151,6 +163,23 @@ INLINE V vint_to_float(V a) { EACH_LANE((float)(int32_t)float_bits(a.f[i])); }
 INLINE V vzero(void) { return vset(0.0f); }
 INLINE V vload_n(const float *p, int64_t n) { return n >= LANES ? vload(p) : vload_bits(lane_bits(n), p); }
 INLINE void vstore_n(float *p, V a, int64_t n) { if (n >= LANES) vstore(p, a); else vstore_first(p, a, n); }
+// Past the caches where that can be done: for what nobody here reads again. `vstream_end` behind the last.
+INLINE void vstream_n(float *p, V a, int64_t n) {
+  if (n >= LANES && (uintptr_t)p % 64 == 0) vstream(p, a); else vstore_n(p, a, n);
+}
+
+INLINE V vodd(int64_t i) {  // integers 2i+1, 2i+3, ...
+  static const uint32_t twice[LANES] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  return vadd_int(vset_int((uint32_t)(2 * i + 1)), vload((const float *)twice));
+}
+INLINE uint32_t vsum_int(V a) {
+  uint32_t x[LANES], sum = 0;
+  memcpy(x, &a, sizeof x);
+  for (int i = 0; i < LANES; i++) sum += x[i];
+  return sum;
+}
+INLINE void add_shared(uint32_t *sum, uint32_t a) { __atomic_fetch_add(sum, a, __ATOMIC_RELAXED); }
+INLINE void vprefetch(const float *p) { __builtin_prefetch(p); }
 
 // The fixed tree: lanes i and i+8, then i and i+4, i+2, i+1.
 #if defined(MINITRAIN_AVX512) || defined(MINITRAIN_AVX2)

@@ -10,6 +10,14 @@ cdef extern from "lanes.h" nogil:
         pass
     V vload_n(const float *p, int64_t n) noexcept
     void vstore_n(float *p, V a, int64_t n) noexcept
+    void vstream_n(float *p, V a, int64_t n) noexcept
+    void vstream_end() noexcept
+    V vadd_int(V a, V b) noexcept
+    V vmul_int(V a, V b) noexcept
+    V vodd(int64_t i) noexcept              # integers 2i+1, 2i+3, ...
+    uint32_t vsum_int(V a) noexcept
+    void add_shared(uint32_t *sum, uint32_t a) noexcept
+    void vprefetch(const float *p) noexcept
     V vset(float x) noexcept
     V vzero() noexcept
     V vfma(V a, V b, V c) noexcept          # a*b + c

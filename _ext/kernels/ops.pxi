@@ -183,8 +183,21 @@ cdef void op_clamp(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcep
 
 # sizes P E S R; units: 16 elements
 cdef void op_adamw(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
-    adamw(f32(op, 0), f32(op, 1), f32(op, 2), f32(op, 3), <int64_t *>op.array[4], u8(op, 5, 0), <double *>op.array[6],
-          op.size[2], 16 * lo, min(16 * hi, op.size[0]))
+    adamw(f32(op, 0), f32(op, 1), f32(op, 2), NULL, NULL, NULL, NULL, f32(op, 3), <int64_t *>op.array[4], u8(op, 5, 0),
+          <double *>op.array[6], op.size[2], 16 * lo, min(16 * hi, op.size[0]))
+
+
+# sizes P K E S R; units: 16 elements
+cdef void op_adamw_copying(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
+    adamw(f32(op, 0), f32(op, 1), f32(op, 2), f32(op, 3), f32(op, 4), f32(op, 5), <uint32_t *>op.array[6], f32(op, 7),
+          <int64_t *>op.array[8], u8(op, 9, 0), <double *>op.array[10], op.size[3], 16 * lo, min(16 * hi, op.size[0]))
+
+
+# sizes K P; units: 16 elements
+cdef void op_checksum(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
+    cdef int k
+    for k in range(3):
+        checksum(<uint32_t *>op.array[0] + k, f32(op, 1 + k), 16 * lo, min(16 * hi, op.size[1]))
 
 
 # sizes P E S R; units: 16 elements
@@ -234,6 +247,8 @@ def addresses() -> dict[str, int]:
         "scale": <size_t>&op_scale,
         "clamp": <size_t>&op_clamp,
         "adamw": <size_t>&op_adamw,
+        "adamw_copying": <size_t>&op_adamw_copying,
+        "checksum": <size_t>&op_checksum,
         "adamw_theta": <size_t>&op_adamw_theta,
         "exp": <size_t>&op_exp,
         "log": <size_t>&op_log,

@@ -11,6 +11,7 @@ millisecond for each array and step would be a third of the step. There are four
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 
 from minitrain.errors import RunError
 from minitrain.files import write_atomic
-from minitrain.record.layout import BLOCK, FILL, SHARD, ArraySpec, Layout
+from minitrain.record.appending import RowFile
+from minitrain.record.layout import ALIGNED_FROM, BLOCK, FILL, SHARD, ArraySpec, Layout
 
 _CRC = struct.Struct("<I")
 _MISSING = (1 << 64) - 1
@@ -87,6 +89,22 @@ def _checked(data: bytes, length: int, where: str) -> Array:
     return np.frombuffer(body, np.uint8)
 
 
+class Row:
+    """A row on its way to a ``rows`` array, in memory as it will stand on disk."""
+
+    def __init__(self, spec: ArraySpec, memory: memoryview) -> None:
+        """``memory`` is zeros, ``spec.stride`` bytes, from the front of a page on if it is to be written directly."""
+        self._memory = memory
+        self._end = spec.row_bytes
+        self.values: Array = np.frombuffer(self._memory, spec.dtype, math.prod(spec.shape))
+        """Its numbers, flat, to be written to."""
+
+    def sealed(self) -> memoryview:
+        """All of its bytes, with the crc32c of the numbers."""
+        self._memory[self._end : self._end + _CRC.size] = crc32c(self.values)
+        return self._memory
+
+
 class RowWriter:
     """Appends rows of a ``rows`` array. A shard in progress is hidden; a reader finds its rows all the same."""
 
@@ -96,7 +114,6 @@ class RowWriter:
         Raises RunError if there are fewer, and OSError.
         """
         self._folder, self._spec = folder, spec
-        self._stride = spec.row_bytes + _CRC.size
         self.rows = rows
         for shard, path in shards(folder, spec):
             if shard < rows // SHARD and path.name.startswith("."):  # killed before it got its name
@@ -109,40 +126,29 @@ class RowWriter:
             os.replace(closed, opened)
         self._file = self._open(shard, inside)
 
-    def _open(self, shard: int, rows: int) -> int:
+    def _open(self, shard: int, rows: int) -> RowFile:
         """The shard in progress, cut behind its first ``rows`` rows."""
         path = shard_paths(self._folder, self._spec, shard)[1]
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        size = os.fstat(file).st_size
-        if size < rows * self._stride:
-            os.close(file)
-            raise RunError(f"{path}: expected {rows} rows of {self._stride} bytes, got {size} bytes; {_LOST}")
-        os.ftruncate(file, rows * self._stride)
-        os.lseek(file, 0, os.SEEK_END)
-        return file
+        size = path.stat().st_size if path.exists() else 0
+        stride = self._spec.stride
+        if size < rows * stride:
+            raise RunError(f"{path}: expected {rows} rows of {stride} bytes, got {size} bytes; {_LOST}")
+        return RowFile(path, rows * stride)
 
-    def append(self, row: Array) -> None:
-        """``row`` has the dtype of the array and is in C order. Raises OSError."""
-        parts = [row.data.cast("B"), memoryview(crc32c(row))]
-        while parts:
-            written = os.writev(self._file, parts)
-            while parts and written >= len(parts[0]):
-                written -= len(parts.pop(0))
-            if parts:  # cut by a signal, or by a disk that is about to be full
-                parts[0] = parts[0][written:]
+    def append(self, row: Row, cached: bool = False) -> None:
+        """``cached`` leaves it to the page cache even where it is large: quicker where the disk is slow. Raises OSError."""
+        self._file.append(row.sealed(), direct=self._spec.stride >= ALIGNED_FROM and not cached)
         self.rows += 1
         if self.rows % SHARD == 0:
             shard = self.rows // SHARD
             self._finish(self._file, shard - 1, SHARD)
             self._file = self._open(shard, 0)
 
-    def _finish(self, file: int, shard: int, rows: int) -> None:
+    def _finish(self, file: RowFile, shard: int, rows: int) -> None:
         """Write the index behind the rows and give the shard its name."""
-        index = _index(self._stride, rows)
-        os.write(file, index + crc32c(index))
-        if hasattr(os, "posix_fadvise"):  # have it go to the disk now: the next sync would wait for all of it at once
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(file)
+        index = _index(self._spec, rows)
+        file.append(memoryview(index + crc32c(index)), direct=False)
+        file.close()
         closed, opened = shard_paths(self._folder, self._spec, shard)
         os.replace(opened, closed)
 
@@ -152,15 +158,15 @@ class RowWriter:
         if rows:
             self._finish(self._file, shard, rows)
         else:
-            os.close(self._file)
+            self._file.close()
             shard_paths(self._folder, self._spec, shard)[1].unlink(missing_ok=True)
 
 
-def _index(stride: int, rows: int) -> bytes:
+def _index(spec: ArraySpec, rows: int) -> bytes:
     """Offset and length of each inner chunk, as the sharding codec wants them."""
     index = np.full((SHARD, 2), _MISSING, "<u8")
-    index[:rows, 0] = np.arange(rows) * stride
-    index[:rows, 1] = stride
+    index[:rows, 0] = np.arange(rows) * spec.stride
+    index[:rows, 1] = spec.row_bytes + _CRC.size
     return index.tobytes()
 
 
@@ -180,13 +186,12 @@ def shards(folder: Path, spec: ArraySpec) -> list[tuple[int, Path]]:
 def read_row(folder: Path, spec: ArraySpec, row: int) -> Array:
     """One row of a ``rows`` array. Raises RunError if it is missing, truncated or damaged."""
     shard, inside = divmod(row, SHARD)
-    stride = spec.row_bytes + _CRC.size
     closed, opened = shard_paths(folder, spec, shard)
     for path in (closed, opened, closed):  # it may get its name while we look
         try:
             with open(path, "rb") as file:
-                file.seek(inside * stride)
-                data = file.read(stride)
+                file.seek(inside * spec.stride)
+                data = file.read(spec.row_bytes + _CRC.size)
             break
         except FileNotFoundError:
             continue
@@ -198,16 +203,15 @@ def read_row(folder: Path, spec: ArraySpec, row: int) -> Array:
 def rows_in(shard: Path, spec: ArraySpec) -> int:
     """How many rows a finished shard has by its length; 0 where there is none."""
     size = shard.stat().st_size if shard.exists() else 0
-    return max(0, size - SHARD * 16 - _CRC.size) // (spec.row_bytes + _CRC.size)
+    return max(0, size - SHARD * 16 - _CRC.size) // spec.stride
 
 
 def check_index(folder: Path, spec: ArraySpec, shard: int, rows: int) -> None:
     """Raises RunError unless the index of a finished shard says where its ``rows`` rows stand."""
     path = shard_paths(folder, spec, shard)[0]
-    stride = spec.row_bytes + _CRC.size
     data = path.read_bytes() if path.exists() else b""
-    expected = _index(stride, rows)
-    if _checked(data[rows * stride :], len(expected), f"{path}, index").tobytes() != expected:
+    expected = _index(spec, rows)
+    if _checked(data[rows * spec.stride :], len(expected), f"{path}, index").tobytes() != expected:
         raise RunError(f"{path}, index: expected the places of {rows} rows, got others (damaged); {_LOST}")
 
 

@@ -20,7 +20,11 @@ SHARD = 64
 BLOCK = 512
 """Steps in a chunk of any other array of steps: seventeen small files are not to be written too often."""
 FORMAT = "minitrain-record"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+ALIGNMENT = 4096
+"""Bytes, at multiples of which large rows begin, so that they can be written past the page cache."""
+ALIGNED_FROM = 1 << 16
+"""Bytes of a row from which on it is large: a twentieth of it at most is lost, and the disk is worth waiting for."""
 FILL: dict[str, Any] = {"f": math.nan, "i": -1, "u": 0}
 """What stands where nothing was written, by the kind of the dtype."""
 
@@ -41,6 +45,12 @@ class ArraySpec:
     @cached_property
     def row_bytes(self) -> int:
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+
+    @cached_property
+    def stride(self) -> int:
+        """Bytes from one of ``rows`` to the next: the row and its crc32c, filled up with zeros where it is large."""
+        size = self.row_bytes + 4
+        return size if size < ALIGNED_FROM else -(-size // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ class Layout:
     @property
     def disk_bytes(self) -> int:
         """About how many bytes the whole record takes, with the journal."""
-        rows = sum(s.row_bytes + 20 for s in self.of("rows"))
+        rows = sum(s.stride + 16 for s in self.of("rows"))
         frame = 250 + 8 * (self.B + 8 + 3 * self.N + self.S)
         blocks = -(-len(self.steps) // BLOCK) * BLOCK * sum(s.row_bytes for s in self.of("blocks"))
         return len(self.steps) * (rows + frame) + blocks + len(self.keyframes) * 12 * self.P

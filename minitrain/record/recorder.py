@@ -13,26 +13,27 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minitrain._ext.engine import same_bits
 from minitrain.assembly import Parts
 from minitrain.config import Config
 from minitrain.data.batches import Batch
 from minitrain.errors import RunError
 from minitrain.inject import event
 from minitrain.loop import Listener, StepStats
+from minitrain.record.arrays import Row
 from minitrain.record.digests import batch_digest, groups, rng_words, state_digests, tensor_digest
 from minitrain.record.journal import FORMAT_VERSION, canonical
 from minitrain.record.layout import Layout, layout_of
 from minitrain.record.writer import Flats, RecordWriter
 from minitrain.run_folder import RunFolder
 from minitrain.state import State, copy_state
-from minitrain.tensors import KINDS
+from minitrain.tensors import KINDS, Tensors, pages
 
 BACKLOG_BYTES = 64 << 20
 """How far the writer may fall behind; at least two steps, at most BACKLOG_STEPS."""
@@ -56,35 +57,37 @@ def require_room(folder: RunFolder, layout: Layout) -> int:
     return free
 
 
-class _Read(NamedTuple):
-    """What a step reads, but for its state."""
+class _Copy:
+    """Room for a copy of the state that a step has left; m and v in rows, if they are recorded."""
 
-    step: int
-    rows: bytes
-    batch_digest: int
+    def __init__(self, like: State, layout: Layout) -> None:
+        specs, table = layout.of("rows"), like.params.table
+        ends = [0, *accumulate(spec.stride for spec in specs)]
+        memory = pages(ends[-1] + like.params.flat.nbytes)
+        self.rows = [Row(spec, memory[a:b]) for spec, a, b in zip(specs, ends, ends[1:], strict=False)]
+        m, v = (row.values for row in self.rows) if self.rows else (None, None)
+        params = np.frombuffer(memory, np.float32, layout.P, ends[-1])
+        self.state = State(-1, Tensors(table, params), Tensors(table, m), Tensors(table, v))
 
 
 class _Backlog:
-    """The states on their way to the disk, in buffers that are used again."""
+    """The states on their way to the disk, in copies that are used again."""
 
-    def __init__(self, like: State, states: int) -> None:
-        self._like = like
-        self._room = threading.Semaphore(states)
-        self._free: list[State] = []
+    def __init__(self, like: State, layout: Layout) -> None:
+        self.size = max(2, min(BACKLOG_STEPS, BACKLOG_BYTES // (12 * layout.P)))
+        self._like, self._layout, self._made = like, layout, 0
+        self._free: SimpleQueue[_Copy] = SimpleQueue()
 
-    def copy(self, state: State) -> State:
-        """A copy, once there is room for one more."""
-        self._room.acquire()
-        like = self._like
-        copy = self._free.pop() if self._free else State(-1, like.params.like(), like.m.like(), like.v.like())
-        copy_state(state, copy)
-        return copy
+    def take(self) -> _Copy:
+        """One to write to, once there is one."""
+        if self._made < self.size and self._free.empty():
+            self._made += 1
+            return _Copy(self._like, self._layout)
+        return self._free.get()
 
-    def free(self, copy: State | None) -> None:
+    def free(self, copy: _Copy) -> None:
         """It is needed no more."""
-        if copy is not None:
-            self._free.append(copy)
-            self._room.release()
+        self._free.put(copy)
 
 
 class Recorder(Listener):
@@ -114,9 +117,11 @@ class Recorder(Listener):
         self._writer = RecordWriter(folder, self._layout, header, state.step)
         if state.step == start:
             self._writer.keyframe(0, _flats(state))
-        self._left: State | None = None
-        """A copy of what the last step left; None before the first."""
-        self._read: _Read | None = None
+        self._left: _Copy | None = None
+        """Of what the last step left; None before the first."""
+        self._checksum = b""
+        """Of the same."""
+        self._batch: Batch | None = None
         self._digest_in: NDArray[np.uint64] | None = None
         self._heard: list[int] = []
         self._finite = True
@@ -125,8 +130,8 @@ class Recorder(Listener):
         self._handles = [parts.hooks.listen(self._clipped, "clip")]
         if self._layout.S:
             self._handles.append(parts.hooks.listen(self._hear))
-        self._backlog = _Backlog(state, max(2, min(BACKLOG_STEPS, BACKLOG_BYTES // (12 * self._layout.P))))
-        self._jobs: SimpleQueue[tuple[Callable[[], None], Callable[[], None]] | None] = SimpleQueue()
+        self._backlog = _Backlog(state, self._layout)
+        self._jobs: SimpleQueue[tuple[Callable[[], None] | None, Callable[[], None] | None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="record", daemon=True)
         self._thread.start()
 
@@ -137,16 +142,16 @@ class Recorder(Listener):
         self._require_no_error()
         if self._off:
             return
-        self._read = _Read(step, batch.rows.tobytes(), batch_digest(batch))
+        self._batch = batch
         self._heard.clear()
 
     def _digest_if_changed(self, state: State) -> NDArray[np.uint64] | None:
         """Digests of state t as the step reads it: at the first step, and where step t-1 left something else."""
-        if self._left and all(map(same_bits, _flats(state), _flats(self._left))):
+        if self._left and self._parts.optimizer.checksum() == self._checksum:
             return None
         now = state_digests(state)
         if state.step != self._layout.start:
-            before = state_digests(self._left) if self._left else self._writer.digest_out
+            before = state_digests(self._left.state) if self._left else self._writer.digest_out
             if np.array_equal(now, before):
                 return None
             self._memory_changed(state, np.argwhere(now != before))
@@ -170,6 +175,8 @@ class Recorder(Listener):
         for one in self._config.injections:
             if one.step == state.step:
                 self._tell(partial(self._writer.event, event(one)))
+        self._copy = self._backlog.take()
+        self._parts.optimizer.copy_to = self._copy.state
         finite = math.isfinite(self._parts.optimizer.norms.before) and math.isfinite(model.loss_sum[0])
         if self._finite and not finite:
             self._save_incident(
@@ -193,16 +200,19 @@ class Recorder(Listener):
         if self._off:
             return
         self._finite = stats.finite
-        copy = self._backlog.copy(state)
-        keyframe = self._keyframe.get(state.step)
-        commit = partial(self._commit, self._read, self._digest_in, stats, tuple(self._heard), copy, keyframe)
-        self._tell(commit, then=partial(self._backlog.free, self._left))
-        self._left = copy
+        left, optimizer = self._copy, self._parts.optimizer
+        self._checksum = optimizer.copied.tobytes()
+        if self._config.injections:  # they may have changed the state after the update
+            copy_state(state, left.state)
+            self._checksum = optimizer.checksum()
+        commit = partial(self._commit, self._batch, self._digest_in, stats, tuple(self._heard), left)
+        self._tell(commit, then=partial(self._backlog.free, self._left) if self._left else None)
+        self._left = left
 
     def settle(self) -> None:
         """Wait until everything told so far is on disk. Raises RunError where that failed."""
         done = threading.Event()
-        self._tell(lambda: None, then=done.set)
+        self._tell(None, then=done.set)
         done.wait()
         self._require_no_error()
         if not self._off:
@@ -245,7 +255,7 @@ class Recorder(Listener):
 
     # The thread
 
-    def _tell(self, job: Callable[[], None], then: Callable[[], None] = lambda: None) -> None:
+    def _tell(self, job: Callable[[], None] | None, then: Callable[[], None] | None = None) -> None:
         """A job for the thread, which does what comes ``then`` even where the job is not to be done any more."""
         self._jobs.put((job, then))
 
@@ -253,29 +263,28 @@ class Recorder(Listener):
         while (told := self._jobs.get()) is not None:
             job, then = told
             try:
-                if self._error is None:
+                if job and self._error is None:
                     job()
             except Exception as error:  # told on the loop's thread
                 self._error = error
-            then()
+            if then:
+                then()
 
     def _commit(
         self,
-        read: _Read,
+        batch: Batch,
         digest_in: NDArray[np.uint64] | None,
         stats: StepStats,
         heard: tuple[int, ...],
-        left: State,
-        keyframe: int | None,
+        left: _Copy,
     ) -> None:
-        flats = _flats(left)
-        if keyframe is not None:
-            self._writer.keyframe(keyframe, flats)
+        if stats.step + 1 in self._keyframe:
+            self._writer.keyframe(self._keyframe[stats.step + 1], _flats(left.state))
         body = {
-            "step": read.step,
-            "rows": read.rows,
-            "batch_digest": read.batch_digest,
-            "rng": rng_words(self._config, self._parts.batches, read.step).tobytes(),
+            "step": stats.step,
+            "rows": batch.rows.tobytes(),
+            "batch_digest": batch_digest(batch),
+            "rng": rng_words(self._config, self._parts.batches, stats.step).tobytes(),
             "digest_in": None if digest_in is None else digest_in.tobytes(),
             "loss": canonical(stats.loss),
             "lr": stats.lr,
@@ -283,11 +292,10 @@ class Recorder(Listener):
             "grad_norm_clipped": canonical(stats.grad_norm_clipped),
             "loss_scale": 1.0,
             "tokens": stats.tokens,
-            "digest_out": state_digests(left).tobytes(),
+            "digest_out": state_digests(left.state).tobytes(),
             **({"sites": np.array(heard, np.uint64).tobytes()} if self._layout.S else {}),
         }
-        moments = flats[1:] if self._layout.moments else ()
-        if not self._writer.step(body, moments):
+        if not self._writer.step(body, left.rows, hurry=self._jobs.qsize() > self._backlog.size // 2):
             self.alerts.append(
                 f"step {body['step']} has other bits than it had before the run was resumed: trust neither"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from minitrain.errors import RunError
 from minitrain.files import write_atomic
-from minitrain.record.arrays import BlockWriter, RowWriter, create, shards, write_chunk
+from minitrain.record.arrays import BlockWriter, Row, RowWriter, create, shards, write_chunk
 from minitrain.record.journal import Journal, JournalWriter, read_journal
 from minitrain.record.layout import BLOCK, Layout
 from minitrain.run_folder import RunFolder
@@ -76,10 +76,13 @@ class RecordWriter:
         for path in self._folder.incident_files(state):
             path.unlink()
 
-    def step(self, body: Mapping[str, Any], moments: tuple[NDArray[np.float32], ...]) -> bool:
-        """Commit a step; False if it was recorded before with other bits. Raises OSError."""
-        for rows, row in zip(self._rows, moments, strict=True):
-            rows.append(row)
+    def step(self, body: Mapping[str, Any], rows: Sequence[Row], hurry: bool = False) -> bool:
+        """Commit a step; False if it was recorded before with other bits. Raises OSError.
+
+        In a ``hurry`` the rows go to the page cache: the disk is slower than training.
+        """
+        for array, row in zip(self._rows, rows, strict=True):
+            array.append(row, cached=hurry)
         step = body["step"]
         same = self._before.get(step, body) == body
         chain = self._journal.append(body)
