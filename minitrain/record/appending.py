@@ -11,8 +11,6 @@ import errno
 import os
 from pathlib import Path
 
-from minitrain.record.layout import ALIGNMENT
-
 
 class RowFile:
     """Appends to a file, which is cut to its first ``size`` bytes."""
@@ -24,19 +22,23 @@ class RowFile:
         self._end = size
         self._direct = False
 
-    def append(self, data: memoryview, direct: bool) -> None:
-        """``direct`` asks for a direct write; it comes true where place and length are whole blocks. Raises OSError."""
-        self._set_direct(direct and not (self._end | len(data)) % ALIGNMENT)
-        while data:
+    def append(self, *rows: memoryview, direct: bool) -> None:
+        """``direct`` asks for a direct write, for whole blocks at whole blocks in file and memory. Raises OSError."""
+        self._set_direct(direct)
+        parts = list(rows)
+        while parts:
             try:
-                written = os.pwrite(self._file, data, self._end)
+                written = os.pwritev(self._file, parts, self._end)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
                 written = 0  # blocks of another size, or a file system without
-            if written < len(data):  # also: cut by a signal, or by a disk that is about to be full
+            self._end += written
+            while parts and written >= len(parts[0]):
+                written -= len(parts.pop(0))
+            if parts:  # also: cut by a signal, or by a disk that is about to be full
                 self._set_direct(False)
-            data, self._end = data[written:], self._end + written
+                parts[0] = parts[0][written:]
 
     def _set_direct(self, direct: bool) -> None:
         """As far as system and file system can."""

@@ -135,14 +135,17 @@ class RowWriter:
             raise RunError(f"{path}: expected {rows} rows of {stride} bytes, got {size} bytes; {_LOST}")
         return RowFile(path, rows * stride)
 
-    def append(self, row: Row, cached: bool = False) -> None:
-        """``cached`` leaves it to the page cache even where it is large: quicker where the disk is slow. Raises OSError."""
-        self._file.append(row.sealed(), direct=self._spec.stride >= ALIGNED_FROM and not cached)
-        self.rows += 1
-        if self.rows % SHARD == 0:
-            shard = self.rows // SHARD
-            self._finish(self._file, shard - 1, SHARD)
-            self._file = self._open(shard, 0)
+    def append(self, rows: Sequence[Row], cached: bool = False) -> None:
+        """``cached`` leaves large ones to the page cache too: quicker where the disk is slow. Raises OSError."""
+        while rows:
+            now, rows = rows[: SHARD - self.rows % SHARD], rows[SHARD - self.rows % SHARD :]
+            direct = self._spec.stride >= ALIGNED_FROM and not cached
+            self._file.append(*(row.sealed() for row in now), direct=direct)
+            self.rows += len(now)
+            if self.rows % SHARD == 0:
+                shard = self.rows // SHARD
+                self._finish(self._file, shard - 1, SHARD)
+                self._file = self._open(shard, 0)
 
     def _finish(self, file: RowFile, shard: int, rows: int) -> None:
         """Write the index behind the rows and give the shard its name."""

@@ -35,10 +35,12 @@ def has_digest(tensor: NDArray[np.float32], recorded: int) -> bool:
 
 def state_digests(state: State) -> NDArray[np.uint64]:
     """(3, N): parameters, m and v, tensor by tensor in the order of the table."""
-    if any(math.isnan(group.flat.max()) for group in groups(state)):  # max keeps NaN
-        return np.array([[tensor_digest(t) for t in group.values()] for group in groups(state)], np.uint64)
-    raw = [[xxhash.xxh3_64_intdigest(t) for t in group.values()] for group in groups(state)]
-    return np.array(raw, np.uint64)
+    nan = any(math.isnan(group.flat.max()) for group in groups(state))  # max keeps NaN
+    digest = tensor_digest if nan else xxhash.xxh3_64_intdigest
+    rows = []
+    for group in groups(state):
+        rows.append([digest(t) for t in group.values()])
+    return np.array(rows, np.uint64)
 
 
 def groups(state: State) -> tuple[Tensors, Tensors, Tensors]:

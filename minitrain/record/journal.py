@@ -80,7 +80,7 @@ START = xxhash.xxh3_128_digest(MAGIC)
 
 
 class JournalWriter:
-    """Appends frames. Every `append` is one write to the file, so a kill tears the last frame at most."""
+    """Appends frames. Every `append` is one write to the file, so a kill tears one frame at most, and that is the last."""
 
     def __init__(self, path: Path, *, keep: int = 0, chain: bytes = START) -> None:
         """A new journal, or with ``keep`` the first bytes of the one that stands, which end with ``chain``."""
@@ -91,12 +91,16 @@ class JournalWriter:
         if not keep:
             _write_all(self._file, MAGIC)
 
-    def append(self, body: Mapping[str, Any]) -> bytes:
-        """Raises OSError; the chain then has not moved."""
-        frame, chain = encode(body, self.chain)
-        _write_all(self._file, frame)
+    def append(self, *bodies: Mapping[str, Any]) -> list[bytes]:
+        """The chain behind each. Raises OSError; the chain then has not moved."""
+        frames, chains, chain = [], [], self.chain
+        for body in bodies:
+            frame, chain = encode(body, chain)
+            frames.append(frame)
+            chains.append(chain)
+        _write_all(self._file, b"".join(frames))
         self.chain = chain
-        return chain
+        return chains
 
     def sync(self) -> None:
         os.fsync(self._file)

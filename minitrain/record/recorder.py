@@ -11,11 +11,10 @@ import math
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from queue import SimpleQueue
-from typing import Any, NamedTuple
+from queue import Empty, SimpleQueue
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +29,7 @@ from minitrain.record.arrays import Row
 from minitrain.record.digests import batch_digest, groups, rng_words, state_digests, tensor_digest
 from minitrain.record.journal import FORMAT_VERSION, canonical
 from minitrain.record.layout import Layout, layout_of
-from minitrain.record.writer import Flats, RecordWriter
+from minitrain.record.writer import Flats, Packed, RecordWriter
 from minitrain.run_folder import RunFolder
 from minitrain.state import State, copy_state
 from minitrain.tensors import KINDS, Tensors, pages
@@ -38,6 +37,9 @@ from minitrain.tensors import KINDS, Tensors, pages
 BACKLOG_BYTES = 64 << 20
 """How far the writer may fall behind; at least two steps, at most BACKLOG_STEPS."""
 BACKLOG_STEPS = 256
+TOGETHER = 4
+"""Steps that are written at once, or fewer where the next is not there within PATIENCE_S seconds."""
+PATIENCE_S = 0.02
 
 
 def require_room(folder: RunFolder, layout: Layout) -> int:
@@ -55,6 +57,21 @@ def require_room(folder: RunFolder, layout: Layout) -> int:
             "(or record.enabled=false)"
         )
     return free
+
+
+@dataclass
+class _Step:
+    """What the thread is told of a step."""
+
+    batch: Batch
+    events: list[dict[str, Any]]
+    digest_in: NDArray[np.uint64] | None
+    stats: StepStats
+    heard: list[int]
+    before: _Copy | None
+    """Of the state that it read; not needed any more."""
+    left: _Copy
+    packed: Packed | None = None
 
 
 class _Copy:
@@ -122,6 +139,7 @@ class Recorder(Listener):
         self._checksum = b""
         """Of the same."""
         self._batch: Batch | None = None
+        self._events: list[dict[str, Any]] = []
         self._digest_in: NDArray[np.uint64] | None = None
         self._heard: list[int] = []
         self._finite = True
@@ -131,8 +149,9 @@ class Recorder(Listener):
         if self._layout.S:
             self._handles.append(parts.hooks.listen(self._hear))
         self._backlog = _Backlog(state, self._layout)
-        self._jobs: SimpleQueue[tuple[Callable[[], None] | None, Callable[[], None] | None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._write, name="record", daemon=True)
+        self._together = max(1, min(TOGETHER, self._backlog.size - 2))
+        self._told: SimpleQueue[_Step | threading.Event | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="record", daemon=True)
         self._thread.start()
 
     # Told by the loop, on its thread
@@ -142,8 +161,7 @@ class Recorder(Listener):
         self._require_no_error()
         if self._off:
             return
-        self._batch = batch
-        self._heard.clear()
+        self._batch, self._heard = batch, []
 
     def _digest_if_changed(self, state: State) -> NDArray[np.uint64] | None:
         """Digests of state t as the step reads it: at the first step, and where step t-1 left something else."""
@@ -162,8 +180,7 @@ class Recorder(Listener):
         names = list(state.params)
         changed = [f"{KINDS[kind]}.{names[n]}" for kind, n in tensors]
         self.alerts.append(f"memory changed before step {state.step}: {', '.join(changed)}")
-        body = {"event": "memory_changed", "step": state.step, "tensors": changed}
-        self._tell(partial(self._writer.event, body))
+        self._events.append({"event": "memory_changed", "step": state.step, "tensors": changed})
         self._save_incident("memory_changed", state, {})
 
     def _clipped(self, site: str, grads: NDArray[np.float32]) -> None:
@@ -172,9 +189,8 @@ class Recorder(Listener):
             return
         state, model = self._parts.state(), self._parts.model
         self._digest_in = self._digest_if_changed(state)
-        for one in self._config.injections:
-            if one.step == state.step:
-                self._tell(partial(self._writer.event, event(one)))
+        if self._config.injections:
+            self._events += [event(one) for one in self._config.injections if one.step == state.step]
         self._copy = self._backlog.take()
         self._parts.optimizer.copy_to = self._copy.state
         finite = math.isfinite(self._parts.optimizer.norms.before) and math.isfinite(model.loss_sum[0])
@@ -205,14 +221,13 @@ class Recorder(Listener):
         if self._config.injections:  # they may have changed the state after the update
             copy_state(state, left.state)
             self._checksum = optimizer.checksum()
-        commit = partial(self._commit, self._batch, self._digest_in, stats, tuple(self._heard), left)
-        self._tell(commit, then=partial(self._backlog.free, self._left) if self._left else None)
-        self._left = left
+        self._told.put(_Step(self._batch, self._events, self._digest_in, stats, self._heard, self._left, left))
+        self._events, self._left = [], left
 
     def settle(self) -> None:
         """Wait until everything told so far is on disk. Raises RunError where that failed."""
         done = threading.Event()
-        self._tell(None, then=done.set)
+        self._told.put(done)
         done.wait()
         self._require_no_error()
         if not self._off:
@@ -242,9 +257,10 @@ class Recorder(Listener):
         stopped = not self._finite and self._config.training.on_nonfinite == "stop"
         for handle in self._handles:
             handle.remove()
-        self._jobs.put(None)
+        self._told.put(None)
         self._thread.join()
         try:
+            self._writer.events(self._events)
             self._writer.close()
             state = self._parts.state()
             if stopped and state.step < self._layout.end and not self._error:
@@ -255,35 +271,43 @@ class Recorder(Listener):
 
     # The thread
 
-    def _tell(self, job: Callable[[], None] | None, then: Callable[[], None] | None = None) -> None:
-        """A job for the thread, which does what comes ``then`` even where the job is not to be done any more."""
-        self._jobs.put((job, then))
-
-    def _write(self) -> None:
-        while (told := self._jobs.get()) is not None:
-            job, then = told
+    def _work(self) -> None:
+        """Pack each step as it comes, and write a few at a time: the system has its price for every write."""
+        waiting: list[_Step] = []
+        while True:
             try:
-                if job and self._error is None:
-                    job()
-            except Exception as error:  # told on the loop's thread
-                self._error = error
-            if then:
-                then()
+                told = self._told.get(timeout=PATIENCE_S if waiting else None)
+            except Empty:
+                told = threading.Event()
+            if isinstance(told, _Step):
+                waiting.append(told)
+                self._attempt(self._pack, told)
+                if len(waiting) < self._together:
+                    continue
+            self._attempt(self._write, waiting)
+            for step in waiting:
+                if step.before:
+                    self._backlog.free(step.before)
+            waiting.clear()
+            if told is None:
+                return
+            if isinstance(told, threading.Event):
+                told.set()
 
-    def _commit(
-        self,
-        batch: Batch,
-        digest_in: NDArray[np.uint64] | None,
-        stats: StepStats,
-        heard: tuple[int, ...],
-        left: _Copy,
-    ) -> None:
-        if stats.step + 1 in self._keyframe:
-            self._writer.keyframe(self._keyframe[stats.step + 1], _flats(left.state))
+    def _attempt(self, do: Callable[[Any], None], what: Any) -> None:
+        """Nothing more is done behind an error, which is told on the loop's thread."""
+        try:
+            if self._error is None:
+                do(what)
+        except Exception as error:
+            self._error = error
+
+    def _pack(self, step: _Step) -> None:
+        stats, digest_in = step.stats, step.digest_in
         body = {
             "step": stats.step,
-            "rows": batch.rows.tobytes(),
-            "batch_digest": batch_digest(batch),
+            "rows": step.batch.rows.tobytes(),
+            "batch_digest": batch_digest(step.batch),
             "rng": rng_words(self._config, self._parts.batches, stats.step).tobytes(),
             "digest_in": None if digest_in is None else digest_in.tobytes(),
             "loss": canonical(stats.loss),
@@ -292,13 +316,18 @@ class Recorder(Listener):
             "grad_norm_clipped": canonical(stats.grad_norm_clipped),
             "loss_scale": 1.0,
             "tokens": stats.tokens,
-            "digest_out": state_digests(left.state).tobytes(),
-            **({"sites": np.array(heard, np.uint64).tobytes()} if self._layout.S else {}),
+            "digest_out": state_digests(step.left.state).tobytes(),
+            **({"sites": np.array(step.heard, np.uint64).tobytes()} if self._layout.S else {}),
         }
-        if not self._writer.step(body, left.rows, hurry=self._jobs.qsize() > self._backlog.size // 2):
-            self.alerts.append(
-                f"step {body['step']} has other bits than it had before the run was resumed: trust neither"
-            )
+        step.packed = Packed(step.events, body, step.left.rows)
+
+    def _write(self, steps: list[_Step]) -> None:
+        for step in steps:
+            if (state := step.stats.step + 1) in self._keyframe:
+                self._writer.keyframe(self._keyframe[state], _flats(step.left.state))
+        hurry = self._told.qsize() > self._backlog.size // 2
+        for other in self._writer.steps([step.packed for step in steps if step.packed], hurry):
+            self.alerts.append(f"step {other} has other bits than it had before the run was resumed: trust neither")
 
 
 def _flats(state: State) -> Flats:

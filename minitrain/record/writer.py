@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,15 @@ from minitrain.run_folder import RunFolder
 
 Flats = tuple[NDArray[np.float32], ...]
 """Parameters, m and v, each (P,)."""
+
+
+class Packed(NamedTuple):
+    """A step as it is to be written."""
+
+    events: Sequence[Mapping[str, Any]]
+    """Before its frame: ``{"event": name, "step": t, ...}``"""
+    body: Mapping[str, Any]
+    rows: Sequence[Row]
 
 
 class RecordWriter:
@@ -76,23 +86,23 @@ class RecordWriter:
         for path in self._folder.incident_files(state):
             path.unlink()
 
-    def step(self, body: Mapping[str, Any], rows: Sequence[Row], hurry: bool = False) -> bool:
-        """Commit a step; False if it was recorded before with other bits. Raises OSError.
+    def steps(self, told: Sequence[Packed], hurry: bool = False) -> list[int]:
+        """Commit steps that follow each other; those that were recorded before with other bits. Raises OSError.
 
         In a ``hurry`` the rows go to the page cache: the disk is slower than training.
         """
-        for array, row in zip(self._rows, rows, strict=True):
-            array.append(row, cached=hurry)
-        step = body["step"]
-        same = self._before.get(step, body) == body
-        chain = self._journal.append(body)
-        self._blocks.append(_as_row(body, self.digest_out, chain))
-        self.digest_out = np.frombuffer(body["digest_out"], "<u8").reshape(3, -1)
-        return same
+        for rows, *of_steps in zip(self._rows, *(t.rows for t in told), strict=True):
+            rows.append(of_steps, cached=hurry)
+        chains = iter(self._journal.append(*(body for t in told for body in (*t.events, t.body))))
+        for t in told:
+            *_, chain = islice(chains, len(t.events) + 1)
+            self._blocks.append(_as_row(t.body, self.digest_out, chain))
+            self.digest_out = np.frombuffer(t.body["digest_out"], "<u8").reshape(3, -1)
+        return [t.body["step"] for t in told if self._before.get(t.body["step"], t.body) != t.body]
 
-    def event(self, body: Mapping[str, Any]) -> None:
-        """``{"event": name, "step": t, ...}``: belongs to the step whose frame comes next. Raises OSError."""
-        self._journal.append(body)
+    def events(self, bodies: Sequence[Mapping[str, Any]]) -> None:
+        """Of a step that was not finished. Raises OSError."""
+        self._journal.append(*bodies)
 
     def keyframe(self, number: int, state: Flats) -> None:
         """Raises OSError."""
