@@ -145,7 +145,8 @@ _KEY: Rule = ("key", "seed, purpose and step", lambda s: s["W"] == 3)
 _PAIRS: Rule = ("x", "(B, T, C) with C even", lambda s: s["C"] % 2 == 0)
 _BLOCKS: Rule = ("sums", "one sum for each 4096 elements of g", lambda s: s["G"] == -(-s["P"] // 4096))
 _SEGMENTS: Rule = ("offsets", "one more than segments in decays", lambda s: s["E"] == s["S"] + 1)
-_THREE: Rule = ("sums", "one for theta, m and v each", lambda s: s["K"] == 3)
+_THREE: Rule = ("sums", "one for theta, m and v each", lambda s: s["Q"] == 3)
+_FOUR: Rule = ("sums", "one for theta, m and v each, and one more", lambda s: s["Q"] == 4)
 _HYPER: Rule = ("hyper", "lr, beta1, beta2, eps, decay and t", lambda s: s["R"] == 6)
 
 SIGNATURES: dict[str, Signature] = {
@@ -214,12 +215,12 @@ SIGNATURES: dict[str, Signature] = {
         ),
         _signature(
             "adamw_copying",
-            "theta[P], m[P], v[P], theta_copy[P], m_copy[P], v_copy[P], sums[K]:u4;"
+            "theta[P], m[P], v[P], theta_copy[P], m_copy[P], v_copy[P], sums[Q]:u4;"
             " g[P], offsets[E]:i8, decays[S]:u1, hyper[R]:f8",
             "elements",
-            rules=(_SEGMENTS, _HYPER, _THREE),
+            rules=(_SEGMENTS, _HYPER, _FOUR),
         ),
-        _signature("checksum", "sums[K]:u4; theta[P], m[P], v[P]", "elements", rules=(_THREE,)),
+        _signature("checksum", "sums[Q]:u4; theta[P], m[P], v[P]", "elements", rules=(_THREE,)),
         _signature(
             "adamw_theta",
             "theta[P]; m[P], v[P], offsets[E]:i8, decays[S]:u1, hyper[R]:f8",

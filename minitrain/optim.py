@@ -105,8 +105,7 @@ class AdamW:
         self.v: Tensors | None = None
         self.copy_to: State | None = None
         """Where the next update leaves its results as well."""
-        self.copied = np.zeros(3, np.uint32)
-        """The `checksum` of what the last update with ``copy_to`` left."""
+        self._copied = np.zeros(4, np.uint32)
         self._bound: tuple[Tensors, Tensors] | None = None
 
     def bind(self, params: Tensors, grads: Tensors) -> tuple[Tensors, Tensors]:
@@ -137,7 +136,7 @@ class AdamW:
         if copy is None:
             plan.add("adamw", *state, *rest)
         else:
-            plan.add("adamw_copying", *state, copy.params.flat, copy.m.flat, copy.v.flat, self.copied, *rest)
+            plan.add("adamw_copying", *state, copy.params.flat, copy.m.flat, copy.v.flat, self._copied, *rest)
         for kind, tensors in ("m", m), ("v", v), ("param", params):
             for name, tensor in tensors.items():
                 plan.site(f"{kind}.{name}", tensor)
@@ -192,12 +191,17 @@ class AdamW:
             if id(copy) not in self._copying:
                 self._copying[id(copy)] = copy, self._update_plan(params, grads, m, v, copy)
             plan = self._copying[id(copy)][1]
-            self.copied[:] = 0
+            self._copied[:] = 0
         if self._own_hooks:
             self.hooks.step = self.updates
         self.updates += 1
         self._hyper[:] = hyper_row(self.config, self.lr, self.updates)
         plan.run(self.hooks)
+
+    @property
+    def copied(self) -> tuple[bytes, bool]:
+        """The `checksum` of what the last update with ``copy_to`` left, and whether all of it is finite."""
+        return self._copied[:3].tobytes(), not self._copied[3]
 
     def checksum(self) -> bytes:
         """Of the bits of parameters, m and v: quick, and sure to show that one number has changed."""

@@ -79,7 +79,8 @@ IN_PLACE = {
     "scale": {"g"},
     "clamp": {"g"},
     "adamw": {"theta", "m", "v"},
-    "adamw_copying": {"theta", "m", "v"},
+    "adamw_copying": {"theta", "m", "v", "sums"},
+    "checksum": {"sums"},
     "adamw_theta": {"theta"},
 }
 """Outputs that are read as well. Those of `accumulate` come on top; all others but ZEROED hold NaN before the call."""
@@ -113,7 +114,7 @@ def draw_sizes(kernel: str, integer: Integer) -> Sizes:
         sizes["E"] = sizes["S"] + 1
     fixed = {"mean_loss": 3, "cross_entropy_backward": 3}
     fixed |= dict.fromkeys(("adamw", "adamw_copying", "adamw_theta"), len(HYPER))
-    return sizes | {"R": fixed.get(kernel, 1), "W": 3}
+    return sizes | {"R": fixed.get(kernel, 1), "W": 3, "Q": 3 if kernel == "checksum" else 4}
 
 
 def draw_arguments(kernel: str, sizes: Sizes, rng: np.random.Generator) -> list[Any]:
@@ -136,7 +137,7 @@ def draw_arguments(kernel: str, sizes: Sizes, rng: np.random.Generator) -> list[
         "rstd": lambda shape: rng.uniform(0.3, 3, shape),
         "softmax": lambda shape: rng.dirichlet(np.ones(shape[-1]), shape[:-1]),
         "result": lambda shape: [2.5, 17.5, 7.0],
-        "sums": rng.random,
+        "sums": lambda shape: rng.random(shape) if kernel == "norm" else rng.integers(2**32, size=shape),
         "factor": rng.random,
         "limit": rng.random,
         "v": lambda shape: normal(shape) ** 2,

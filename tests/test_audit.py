@@ -282,7 +282,7 @@ def test_damaged_rows(tmp_path, record_run):
     run = record_run(tmp_path / "run")
     shard = next((run / "record.zarr/v").glob("c.*"))
     data = bytearray(shard.read_bytes())
-    stride = open_run(run).layout.arrays["v"].row_bytes + 4
+    stride = open_run(run).layout.arrays["v"].stride
     data[9 * stride + 5] ^= 1
     shard.write_bytes(data)
     found = verify(open_run(run), audit=True)

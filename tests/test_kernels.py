@@ -62,6 +62,7 @@ TOLERANCE = {
     "clamp": 1e-7,
     "adamw": 2e-7,
     "adamw_copying": 2e-7,
+    "checksum": 0,
     "adamw_theta": 2e-7,
     "exp": 2e-7,
     "log": 2e-7,
@@ -100,6 +101,8 @@ def test_against_the_twin(kernel, kernels, isa_backend, data, seed):
     arguments = kernels.arguments(kernel, sizes, np.random.default_rng(seed))
     actual = kernels.run(isa_backend, kernel, arguments)
     for name, expected in kernels.run(DOUBLE, kernel, arguments).items():
+        if (kernel, name) == ("adamw_copying", "sums"):
+            continue  # of bits, which are not the twin's; see test_what_an_update_copies
         allowed = TOLERANCE[kernel] * natural_size(kernel, name, expected, arguments, kernels)
         good = (np.abs(actual[name] - expected) <= allowed) | (np.isnan(actual[name]) & np.isnan(expected))
         worst = np.unravel_index(np.argmin(good), good.shape)
@@ -132,9 +135,50 @@ def test_same_bits(kernel, kernels, backends, data, seed, values):
         key: {name: kernels.bits(output) for name, output in kernels.run(backend, kernel, arguments).items()}
         for key, backend in backends.items()
     }
+    if kernel in ("adamw_copying", "checksum") and values:  # of raw bits, where each processor has NaNs of its own
+        for outputs in results.values():
+            del outputs["sums"]
     first = next(iter(results))
     differing = [key for key, outputs in results.items() if outputs != results[first]]
     assert not differing, f"other bits than {first}"
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), seed=seeds, values=st.sampled_from([(), GENTLE, HARSH]))
+def test_what_an_update_copies(kernels, isa_backend, data, seed, values):
+    """An update that copies leaves the bits of one that does not, their copies and checksums, and says whether any
+    number is not finite; it adds to what stood in the sums."""
+    sizes = kernels.sizes("adamw_copying", lambda low, high: data.draw(st.integers(low, high)))
+    rng = np.random.default_rng(seed)
+    arguments = kernels.arguments("adamw_copying", sizes, rng)
+    for i in (0, 1, 2, 7) if values else ():
+        arguments[i][rng.random(len(arguments[i])) < 0.01] = rng.choice(values)
+    arguments[6][:] = 0
+    out = kernels.run(isa_backend, "adamw_copying", arguments)
+    plain = kernels.run(isa_backend, "adamw", [*arguments[:3], *arguments[7:]])
+    state = [out[name] for name in ("theta", "m", "v")]
+    assert [x.tobytes() for x in state] == [plain[name].tobytes() for name in ("theta", "m", "v")]
+    assert [x.tobytes() for x in state] == [out[f"{name}_copy"].tobytes() for name in ("theta", "m", "v")]
+    sums = kernels.run(isa_backend, "checksum", [np.zeros(3, np.uint32), *state])["sums"]
+    assert out["sums"][:3].tolist() == sums.tolist()
+    if not all(np.isfinite(x).all() for x in state):
+        assert out["sums"][3]
+    elif max(np.abs(x).max() for x in state) < 1e38:
+        assert not out["sums"][3]
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), seed=seeds)
+def test_a_checksum_shows_one_change(kernels, isa_backend, data, seed):
+    """Any one number that changes, in any bits, changes the sum of its array and no other."""
+    n = data.draw(st.integers(1, 9000))
+    rng = np.random.default_rng(seed)
+    state = [rng.integers(2**32, size=n, dtype=np.uint32).view(np.float32) for _ in range(3)]
+    before = kernels.run(isa_backend, "checksum", [np.zeros(3, np.uint32), *state])["sums"]
+    which, place = rng.integers(3), rng.integers(n)
+    state[which].view(np.uint32)[place] ^= np.uint32(rng.integers(1, 2**32))
+    after = kernels.run(isa_backend, "checksum", [np.zeros(3, np.uint32), *state])["sums"]
+    assert (before != after).tolist() == [k == which for k in range(3)]
 
 
 LARGE = {  # B, T, N, K past the point where the left-hand side is packed, odd in every direction

@@ -37,8 +37,7 @@ VANISHES = {
     ("cross_entropy_backward", "result[2]", INF),
     ("cross_entropy_backward", "result[2]", -INF),
     # hyper[3] is eps: a step divided by infinity is no step. The other hyperparameters do come out.
-    ("adamw", "hyper[3]", INF),
-    ("adamw", "hyper[3]", -INF),
+    *((kernel, "hyper[3]", x) for kernel in ("adamw", "adamw_copying") for x in (INF, -INF)),
     # A moment that is divided by an infinite correction vanishes; in adamw itself the same infinite beta is in it.
     *(("adamw_theta", f"hyper[{i}]", x) for i in (1, 2, 3) for x in (INF, -INF)),
     # A step divided by an infinite second moment; adamw itself writes that moment out.
@@ -48,13 +47,15 @@ VANISHES = {
 
 def inputs(kernel: str) -> list[str]:
     """The floating-point arrays that a kernel reads."""
-    in_place = {"rope": ["x"], "scale": ["g"], "clamp": ["g"], "adamw": ["theta", "m", "v"], "adamw_copying": ["theta", "m", "v"], "adamw_theta": ["theta"]}
+    in_place = {"rope": ["x"], "scale": ["g"], "clamp": ["g"], "adamw_theta": ["theta"]}
+    in_place |= dict.fromkeys(("adamw", "adamw_copying"), ["theta", "m", "v"])
     accumulated = {"linear_backward_input": ["dx"], "embedding_backward": ["dweight"]}
     read = [a.name for a in SIGNATURES[kernel].arrays if not a.output and a.dtype.kind == "f"]
     return in_place.get(kernel, []) + accumulated.get(kernel, []) + read
 
 
-PAIRS = [(kernel, name) for kernel in SIGNATURES for name in inputs(kernel)]
+PAIRS = [(kernel, name) for kernel in SIGNATURES if kernel != "checksum" for name in inputs(kernel)]
+"""But for checksums, which are whole numbers."""
 
 
 def plausible(kernel: str, kernels: Any, data: st.DataObject, seed: int, argument: str) -> tuple[list[Any], int]:
@@ -132,6 +133,8 @@ def test_what_is_not_finite_comes_out(kernel, argument, kernels, backends, data,
                 continue
             actual = kernels.run(backend, kernel, changed)
             for name, where in depends.items():
+                if actual[name].dtype.kind == "u":
+                    continue
                 if np.isnan(value):
                     lost = np.argwhere(where & ~np.isnan(actual[name]))
                 else:

@@ -187,13 +187,13 @@ cdef void op_adamw(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcep
           <double *>op.array[6], op.size[2], 16 * lo, min(16 * hi, op.size[0]))
 
 
-# sizes P K E S R; units: 16 elements
+# sizes P Q E S R; units: 16 elements
 cdef void op_adamw_copying(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
     adamw(f32(op, 0), f32(op, 1), f32(op, 2), f32(op, 3), f32(op, 4), f32(op, 5), <uint32_t *>op.array[6], f32(op, 7),
           <int64_t *>op.array[8], u8(op, 9, 0), <double *>op.array[10], op.size[3], 16 * lo, min(16 * hi, op.size[0]))
 
 
-# sizes K P; units: 16 elements
+# sizes Q P; units: 16 elements
 cdef void op_checksum(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
     cdef int k
     for k in range(3):

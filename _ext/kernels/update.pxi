@@ -47,8 +47,8 @@ cdef void clamp(float *g, const double *limit, int64_t n) noexcept nogil:
 # (Loshchilov & Hutter, "Decoupled weight decay regularization", algorithm 2)
 # Elements lo..hi-1; segment s is offsets[s]..offsets[s+1]-1 and decays if decays[s].
 # hyper = [lr, beta1, beta2, eps, decay, t]
-# Unless theta_copy is NULL, copies of all three are left as well, and their checksums are added to sums: made here, this
-# costs a third of what it costs afterwards.
+# Unless theta_copy is NULL, copies of all three are left as well, and their checksums are added to sums[0..2]; sums[3] is no
+# longer 0 if a number is not finite. Made here, this costs a third of what it costs afterwards.
 cdef void adamw(float *theta, float *m, float *v, float *theta_copy, float *m_copy, float *v_copy, uint32_t *sums,
                 const float *g, const int64_t *offsets, const uint8_t *decays, const double *hyper,
                 int64_t S, int64_t lo, int64_t hi) noexcept nogil:
@@ -59,7 +59,8 @@ cdef void adamw(float *theta, float *m, float *v, float *theta_copy, float *m_co
     cdef V unbias1 = vset(<float>(1.0 / (1.0 - power(hyper[1], <int64_t>t))))
     cdef V unbias2 = vset(<float>(1.0 / (1.0 - power(hyper[2], <int64_t>t))))
     cdef V decay, x, new_m, new_v, old, weight
-    cdef V sum0 = vzero(), sum1 = vzero(), sum2 = vzero()
+    cdef V sum0 = vzero(), sum1 = vzero(), sum2 = vzero(), zeros = vzero()
+    cdef float zero
     for s in range(S):
         start = max(lo, offsets[s])
         end = min(hi, offsets[s + 1])
@@ -87,11 +88,14 @@ cdef void adamw(float *theta, float *m, float *v, float *theta_copy, float *m_co
                 sum0 = vadd_int(sum0, vmul_int(old, weight))
                 sum1 = vadd_int(sum1, vmul_int(new_m, weight))
                 sum2 = vadd_int(sum2, vmul_int(new_v, weight))
+                zeros = vfma(vadd(vadd(old, new_m), new_v), vzero(), zeros)  # NaN where one of them is NaN or Inf
     if theta_copy != NULL:
         vstream_end()
         add_shared(sums, vsum_int(sum0))
         add_shared(sums + 1, vsum_int(sum1))
         add_shared(sums + 2, vsum_int(sum2))
+        zero = vsum(zeros)
+        add_shared(sums + 3, zero != zero)
 
 
 # sum += sum of bits(x_i) * (2i + 1) mod 2^32: odd weights show any one change for certain, others but for 1 in 2^32

@@ -97,8 +97,8 @@ def _shard(run: Run, name: str, number: int, rows: int) -> Iterator[Damage]:
             yield Damage(step, name, str(error))
     closed, opened = shard_paths(run.folder.record, spec, number)
     if closed.exists() or run.ended != "unfinished" or (number + 1) * SHARD < len(run.steps):
-        if run.ended == "unfinished" and rows == SHARD - 1 and rows_in(closed, spec) == SHARD:
-            rows = SHARD  # killed between the row that filled the shard and its frame
+        if run.ended == "unfinished" and rows_in(closed, spec) == SHARD:
+            rows = SHARD  # killed between the rows that filled the shard and their frames
         try:
             check_index(run.folder.record, spec, number, rows)
         except RunError as error:

@@ -33,9 +33,9 @@ def has_digest(tensor: NDArray[np.float32], recorded: int) -> bool:
     return raw == recorded or tensor_digest(tensor) == recorded
 
 
-def state_digests(state: State) -> NDArray[np.uint64]:
-    """(3, N): parameters, m and v, tensor by tensor in the order of the table."""
-    nan = any(math.isnan(group.flat.max()) for group in groups(state))  # max keeps NaN
+def state_digests(state: State, finite: bool = False) -> NDArray[np.uint64]:
+    """(3, N): parameters, m and v, tensor by tensor in the order of the table. ``finite``: it is known to be."""
+    nan = not finite and any(math.isnan(group.flat.max()) for group in groups(state))  # max keeps NaN
     digest = tensor_digest if nan else xxhash.xxh3_64_intdigest
     rows = []
     for group in groups(state):

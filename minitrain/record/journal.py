@@ -80,7 +80,7 @@ START = xxhash.xxh3_128_digest(MAGIC)
 
 
 class JournalWriter:
-    """Appends frames. Every `append` is one write to the file, so a kill tears one frame at most, and that is the last."""
+    """Appends frames. Every `append` is one write to the file: a kill tears one frame at most, and that is the last."""
 
     def __init__(self, path: Path, *, keep: int = 0, chain: bytes = START) -> None:
         """A new journal, or with ``keep`` the first bytes of the one that stands, which end with ``chain``."""

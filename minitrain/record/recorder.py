@@ -1,8 +1,8 @@
 """The recorder: a listener of the training loop that writes down what every step read and left.
 
-On the loop's own thread it copies the state that a step has left, and before the next update compares the copy with what
-that step read. A thread of its own does the rest: it takes the digests of the copy, packs and writes. What the recorder
-was told is on disk, in order, once `settle` returns.
+On the loop's own thread it has the update leave a copy of the state, and makes sure before the next one that nothing
+has changed meanwhile. A thread of its own does the rest: it takes the digests of the copy, packs and writes. What the
+recorder was told is on disk, in order, once `settle` returns.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ class _Step:
     before: _Copy | None
     """Of the state that it read; not needed any more."""
     left: _Copy
+    finite: bool
+    """Known to be; else it may be."""
     packed: Packed | None = None
 
 
@@ -217,11 +219,11 @@ class Recorder(Listener):
             return
         self._finite = stats.finite
         left, optimizer = self._copy, self._parts.optimizer
-        self._checksum = optimizer.copied.tobytes()
+        self._checksum, finite = optimizer.copied
         if self._config.injections:  # they may have changed the state after the update
             copy_state(state, left.state)
-            self._checksum = optimizer.checksum()
-        self._told.put(_Step(self._batch, self._events, self._digest_in, stats, self._heard, self._left, left))
+            self._checksum, finite = optimizer.checksum(), False
+        self._told.put(_Step(self._batch, self._events, self._digest_in, stats, self._heard, self._left, left, finite))
         self._events, self._left = [], left
 
     def settle(self) -> None:
@@ -316,7 +318,7 @@ class Recorder(Listener):
             "grad_norm_clipped": canonical(stats.grad_norm_clipped),
             "loss_scale": 1.0,
             "tokens": stats.tokens,
-            "digest_out": state_digests(step.left.state).tobytes(),
+            "digest_out": state_digests(step.left.state, step.finite).tobytes(),
             **({"sites": np.array(step.heard, np.uint64).tobytes()} if self._layout.S else {}),
         }
         step.packed = Packed(step.events, body, step.left.rows)
