@@ -212,7 +212,7 @@ def adamw_copying(
 
 
 def checksum(sums: F, theta: F, m: F, v: F) -> None:
-    weights = np.arange(1, 2 * len(theta), 2, np.uint32)
+    weights = np.arange(1, 2 * len(theta), 2, dtype=np.uint32)
     sums += [(x.astype(np.float32).view(np.uint32) * weights).sum(dtype=np.uint32) for x in (theta, m, v)]
 
 

@@ -128,9 +128,9 @@ def test_a_journal_cut_or_changed(whole, tmp_path_factory, cut, flip, bit):
 def test_a_journal_of_another_version(tmp_path):
     """It names the version that it knows, and the one that came."""
     writer = JournalWriter(tmp_path / "j")
-    writer.append({"format_version": 2})
+    writer.append({"format_version": 3})
     writer.close()
-    with pytest.raises(RunError, match="expected format_version 1, got 2; use the minitrain version"):
+    with pytest.raises(RunError, match="expected format_version 2, got 3; use the minitrain version"):
         read_journal(tmp_path / "j")
 
 

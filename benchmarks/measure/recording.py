@@ -22,8 +22,8 @@ from minitrain.loop import train
 from minitrain.record.recorder import Recorder
 from minitrain.run_folder import RunFolder
 
-STEPS = 320
-TURNS = 6
+STEPS = 1000
+TURNS = 3
 BASE = "not recorded"
 WAYS = {
     BASE: [],

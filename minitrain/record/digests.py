@@ -36,11 +36,10 @@ def has_digest(tensor: NDArray[np.float32], recorded: int) -> bool:
 def state_digests(state: State, finite: bool = False) -> NDArray[np.uint64]:
     """(3, N): parameters, m and v, tensor by tensor in the order of the table. ``finite``: it is known to be."""
     nan = not finite and any(math.isnan(group.flat.max()) for group in groups(state))  # max keeps NaN
-    digest = tensor_digest if nan else xxhash.xxh3_64_intdigest
-    rows = []
-    for group in groups(state):
-        rows.append([digest(t) for t in group.values()])
-    return np.array(rows, np.uint64)
+    if nan:
+        return np.array([[tensor_digest(t) for t in group.values()] for group in groups(state)], np.uint64)
+    raw = [[xxhash.xxh3_64_intdigest(t.data) for t in group.values()] for group in groups(state)]
+    return np.array(raw, np.uint64)
 
 
 def groups(state: State) -> tuple[Tensors, Tensors, Tensors]:

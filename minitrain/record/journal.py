@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from minitrain.errors import RunError
 
 MAGIC = b"minitrain journal\n"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of the whole record."""
 _HEAD = struct.Struct("<II")
 _CHAIN = 16
 _ONES = 0xFFFFFFFF

@@ -13,6 +13,7 @@ import numpy as np
 
 from minitrain.config import Config
 from minitrain.record.digests import STREAMS
+from minitrain.record.journal import FORMAT_VERSION
 from minitrain.tensors import KINDS, parameter_table, sites
 
 SHARD = 64
@@ -20,7 +21,6 @@ SHARD = 64
 BLOCK = 512
 """Steps in a chunk of any other array of steps: seventeen small files are not to be written too often."""
 FORMAT = "minitrain-record"
-FORMAT_VERSION = 2
 ALIGNMENT = 4096
 """Bytes, at multiples of which large rows begin, so that they can be written past the page cache."""
 ALIGNED_FROM = 1 << 16

@@ -140,7 +140,8 @@ class Recorder(Listener):
         """Of what the last step left; None before the first."""
         self._checksum = b""
         """Of the same."""
-        self._batch: Batch | None = None
+        self._batch: Batch
+        self._copy: _Copy
         self._events: list[dict[str, Any]] = []
         self._digest_in: NDArray[np.uint64] | None = None
         self._heard: list[int] = []
