@@ -29,6 +29,7 @@ def make_rows(s: ArraySpec, values: np.ndarray) -> list[Row]:
     rows = [Row(s, pages(s.stride)) for _ in values]
     for row, numbers in zip(rows, values, strict=True):
         row.values[:] = numbers
+        row.seal()
     return rows
 
 

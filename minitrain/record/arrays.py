@@ -94,15 +94,14 @@ class Row:
 
     def __init__(self, spec: ArraySpec, memory: memoryview) -> None:
         """``memory`` is zeros, ``spec.stride`` bytes, from the front of a page on if it is to be written directly."""
-        self._memory = memory
+        self.memory = memory
         self._end = spec.row_bytes
-        self.values: Array = np.frombuffer(self._memory, spec.dtype, math.prod(spec.shape))
+        self.values: Array = np.frombuffer(memory, spec.dtype, math.prod(spec.shape))
         """Its numbers, flat, to be written to."""
 
-    def sealed(self) -> memoryview:
-        """All of its bytes, with the crc32c of the numbers."""
-        self._memory[self._end : self._end + _CRC.size] = crc32c(self.values)
-        return self._memory
+    def seal(self) -> None:
+        """Put the crc32c of the numbers behind them: the row is ready to be appended."""
+        self.memory[self._end : self._end + _CRC.size] = crc32c(self.values)
 
 
 class RowWriter:
@@ -136,11 +135,11 @@ class RowWriter:
         return RowFile(path, rows * stride)
 
     def append(self, rows: Sequence[Row], cached: bool = False) -> None:
-        """``cached`` leaves large ones to the page cache too: quicker where the disk is slow. Raises OSError."""
+        """Sealed ones; ``cached`` leaves large ones to the page cache too, for slow disks. Raises OSError."""
         while rows:
             now, rows = rows[: SHARD - self.rows % SHARD], rows[SHARD - self.rows % SHARD :]
             direct = self._spec.stride >= ALIGNED_FROM and not cached
-            self._file.append(*(row.sealed() for row in now), direct=direct)
+            self._file.append(*(row.memory for row in now), direct=direct)
             self.rows += len(now)
             if self.rows % SHARD == 0:
                 shard = self.rows // SHARD

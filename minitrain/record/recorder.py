@@ -168,8 +168,6 @@ class Recorder(Listener):
 
     def _digest_if_changed(self, state: State) -> NDArray[np.uint64] | None:
         """Digests of state t as the step reads it: at the first step, and where step t-1 left something else."""
-        if self._left and self._parts.optimizer.checksum() == self._checksum:
-            return None
         now = state_digests(state)
         if state.step != self._layout.start:
             before = state_digests(self._left.state) if self._left else self._writer.digest_out
@@ -190,17 +188,18 @@ class Recorder(Listener):
         """Between the norm and the update, the last moment at which parameters and moments are as they were read."""
         if self._off:
             return
-        state, model = self._parts.state(), self._parts.model
-        self._digest_in = self._digest_if_changed(state)
+        model, optimizer = self._parts.model, self._parts.optimizer
+        unchanged = self._left and optimizer.checksum() == self._checksum
+        self._digest_in = None if unchanged else self._digest_if_changed(self._parts.state())
         if self._config.injections:
-            self._events += [event(one) for one in self._config.injections if one.step == state.step]
+            self._events += [event(one) for one in self._config.injections if one.step == model.step]
         self._copy = self._backlog.take()
-        self._parts.optimizer.copy_to = self._copy.state
-        finite = math.isfinite(self._parts.optimizer.norms.before) and math.isfinite(model.loss_sum[0])
+        optimizer.copy_to = self._copy.state
+        finite = math.isfinite(optimizer.norms.before) and math.isfinite(model.loss_sum[0])
         if self._finite and not finite:
             self._save_incident(
                 "nonfinite",
-                state,
+                self._parts.state(),
                 {**{f"grad.{name}": grad for name, grad in model.grads.items()}, **model.activations()},
             )
 
@@ -322,6 +321,8 @@ class Recorder(Listener):
             "digest_out": state_digests(step.left.state, step.finite).tobytes(),
             **({"sites": np.array(step.heard, np.uint64).tobytes()} if self._layout.S else {}),
         }
+        for row in step.left.rows:
+            row.seal()
         step.packed = Packed(step.events, body, step.left.rows)
 
     def _write(self, steps: list[_Step]) -> None:
