@@ -67,6 +67,23 @@ def test_any_number_of_rows_in_any_groups(numbers, count, groups, cached, tmp_pa
     require(folder, s, values)
 
 
+@pytest.mark.parametrize("numbers", [SMALL, LARGE])
+def test_any_flipped_bit_of_a_row(numbers, tmp_path):
+    """In its numbers, its checksum or the zeros behind: the row is refused and the file named, its neighbours are read."""
+    s, rng = spec(numbers), np.random.default_rng(1)
+    write(tmp_path, s, rng.standard_normal((3, numbers)).astype(np.float32), [3])
+    path = shard_paths(tmp_path, s, 0)[0]
+    whole = path.read_bytes()
+    places = {0, 4 * numbers, 4 * numbers + 3, s.stride - 1, *(int(p) for p in rng.integers(s.stride, size=20))}
+    for place in places:
+        data = bytearray(whole)
+        data[s.stride + place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        with pytest.raises(RunError, match=r"c\.0\.0, row 1: expected (crc32c|zeros behind its crc32c)"):
+            read_row(tmp_path, s, 1)
+        assert read_row(tmp_path, s, 0).size == read_row(tmp_path, s, 2).size == numbers
+
+
 def test_large_rows_begin_at_whole_blocks():
     """Only they: the zeros that fill them up are a twentieth at most."""
     assert spec(SMALL).stride == 4 * SMALL + 4

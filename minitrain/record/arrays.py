@@ -193,13 +193,16 @@ def read_row(folder: Path, spec: ArraySpec, row: int) -> Array:
         try:
             with open(path, "rb") as file:
                 file.seek(inside * spec.stride)
-                data = file.read(spec.row_bytes + _CRC.size)
+                data = file.read(spec.stride)
             break
         except FileNotFoundError:
             continue
     else:
         raise RunError(f"{closed}: expected row {row} of {spec.name}, got no such file; {_LOST}")
-    return _checked(data, spec.row_bytes, f"{path}, row {row}").view(spec.dtype).reshape(spec.shape)
+    size, where = spec.row_bytes + _CRC.size, f"{path}, row {row}"
+    if data[size:].strip(b"\0"):
+        raise RunError(f"{where}: expected zeros behind its crc32c, got others (damaged); {_LOST}")
+    return _checked(data[:size], spec.row_bytes, where).view(spec.dtype).reshape(spec.shape)
 
 
 def rows_in(shard: Path, spec: ArraySpec) -> int:
@@ -211,9 +214,12 @@ def rows_in(shard: Path, spec: ArraySpec) -> int:
 def check_index(folder: Path, spec: ArraySpec, shard: int, rows: int) -> None:
     """Raises RunError unless the index of a finished shard says where its ``rows`` rows stand."""
     path = shard_paths(folder, spec, shard)[0]
-    data = path.read_bytes() if path.exists() else b""
-    expected = _index(spec, rows)
-    if _checked(data[rows * spec.stride :], len(expected), f"{path}, index").tobytes() != expected:
+    data, expected = b"", _index(spec, rows)
+    if path.exists():
+        with open(path, "rb") as file:
+            file.seek(rows * spec.stride)
+            data = file.read()
+    if _checked(data, len(expected), f"{path}, index").tobytes() != expected:
         raise RunError(f"{path}, index: expected the places of {rows} rows, got others (damaged); {_LOST}")
 
 
