@@ -69,7 +69,7 @@ def test_any_number_of_rows_in_any_groups(numbers, count, groups, cached, tmp_pa
 
 @pytest.mark.parametrize("numbers", [SMALL, LARGE])
 def test_any_flipped_bit_of_a_row(numbers, tmp_path):
-    """In its numbers, its checksum or the zeros behind: the row is refused and the file named, its neighbours are read."""
+    """In its numbers, checksum or zeros behind: the row is refused and the file named, its neighbours are read."""
     s, rng = spec(numbers), np.random.default_rng(1)
     write(tmp_path, s, rng.standard_normal((3, numbers)).astype(np.float32), [3])
     path = shard_paths(tmp_path, s, 0)[0]
