@@ -1,63 +1,50 @@
-"""A minitrain model in plain PyTorch: ``python docs/load_in_pytorch.py runs/a/models/*.safetensors "She has"``."""
+"""A minitrain model in plain PyTorch: ``python docs/load_in_pytorch.py runs/a/models/*.safetensors``."""
 
 import json
 import sys
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
 
 def rotate(x):  # (B, H, T, D): the columns 2i and 2i + 1 of a head turn by position * 10000^(-2i/D)
     T, D = x.shape[-2:]
-    angle = torch.arange(T).double()[:, None] * 10000.0 ** (-torch.arange(0, D, 2).double() / D)
-    turn = torch.polar(torch.ones_like(angle), angle).cfloat()
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    angle = torch.arange(T).double().outer(10000 ** (-torch.arange(0, D, 2).double() / D))
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.exp(1j * angle).cfloat()
+    return torch.view_as_real(turned).flatten(-2)
 
 
-class Block(nn.Module):
+class MiniGPT(nn.Module):
     def __init__(self, c):
         super().__init__()
-        C, self.heads = c["d_model"], c["n_head"]
-        self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.attn = nn.ModuleDict({name: nn.Linear(C, C, bias=False) for name in ("q", "k", "v", "out")})
-        self.ffn = nn.ModuleDict({"up": nn.Linear(C, c["d_ff"]), "down": nn.Linear(c["d_ff"], C)})
+        C, F, V, self.heads = c["d_model"], c["d_ff"], c["vocab_size"], c["n_head"]
+        self.embed, self.block = nn.Embedding(V, C), nn.ModuleList()
+        for _ in range(c["n_layer"]):
+            attn = nn.ModuleDict({name: nn.Linear(C, C, bias=False) for name in ("q", "k", "v", "out")})
+            ffn = nn.ModuleDict({"up": nn.Linear(C, F), "down": nn.Linear(F, C)})
+            layers = {"ln1": nn.LayerNorm(C), "attn": attn, "ln2": nn.LayerNorm(C), "ffn": ffn}
+            self.block.append(nn.ModuleDict(layers))
+        self.ln_f, self.lm_head = nn.LayerNorm(C), nn.Linear(C, V)
 
-    def forward(self, x):  # (B, T, C)
-        q, k, v = (self.attn[n](self.ln1(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2) for n in "qkv")
-        y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-        x = x + self.attn["out"](y.transpose(1, 2).flatten(-2))
-        return x + self.ffn["down"](F.gelu(self.ffn["up"](self.ln2(x)), approximate="tanh"))
+    def forward(self, tokens):  # (B, T) -> logits (B, T, V)
+        x = self.embed(tokens)
+        for ln1, attn, ln2, ffn in (b.values() for b in self.block):
+            q, k, v = (attn[name](ln1(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in "qkv")
+            y = scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+            x = x + attn["out"](y.transpose(1, 2).flatten(-2))
+            x = x + ffn["down"](gelu(ffn["up"](ln2(x)), approximate="tanh"))
+        return self.lm_head(self.ln_f(x))
 
 
-def load(path):  # tokens (B, T) -> logits (B, T, V); and what the file says about itself
+def load(path):
     with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["minitrain"])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    c = about["model"]
-    layers = {"embed": nn.Embedding(c["vocab_size"], c["d_model"])}
-    layers["block"] = nn.Sequential(*(Block(c) for _ in range(c["n_layer"])))
-    layers |= {"ln_f": nn.LayerNorm(c["d_model"]), "lm_head": nn.Linear(c["d_model"], c["vocab_size"])}
-    model = nn.Sequential()
-    for name, layer in layers.items():
-        model.add_module(name, layer)
+        model = MiniGPT(json.loads(file.metadata()["minitrain"])["model"])
     model.load_state_dict({"lm_head.weight": weights["embed.weight"], **weights})  # tied, unless the file unties them
-    return model, about
-
-
-@torch.no_grad()
-def greedy(model, ids, size, limit):  # until <eos> = 2; neither <pad> = 0 nor <bos> = 1 may come
-    while ids[-1] != 2 and len(ids) < limit:
-        ids = [*ids, 2 + int(model(torch.tensor([ids]))[0, -1, 2:size].argmax())]
-    return ids
+    return model
 
 
 if __name__ == "__main__":
-    from minitrain.data.tokenizer import Tokenizer  # docs/checkpoint.md tells how to do without
-
-    model, about = load(sys.argv[1])
-    tokenizer = Tokenizer.from_json(json.dumps(about["tokenizer"]))
-    ids = [1, *tokenizer.encode(sys.argv[2])]
-    print(model(torch.tensor([ids]))[0, -1])  # the logits of the next token
-    print(tokenizer.decode(greedy(model, ids, tokenizer.size, about["model"]["max_seq_len"])))
+    print(load(sys.argv[1])(torch.tensor([[1]]))[0, -1])  # the logits of what comes first, behind <bos>

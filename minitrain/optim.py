@@ -201,7 +201,8 @@ class AdamW:
     @property
     def copied(self) -> tuple[bytes, bool]:
         """The `checksum` of what the last update with ``copy_to`` left, and whether all of it is finite."""
-        return self._copied[:3].tobytes(), not self._copied[3]
+        sums = self._copied.tobytes()
+        return sums[:12], not any(sums[12:])
 
     def checksum(self) -> bytes:
         """Of the bits of parameters, m and v: quick, and sure to show that one number has changed."""

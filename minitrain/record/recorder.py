@@ -59,7 +59,7 @@ def require_room(folder: RunFolder, layout: Layout) -> int:
     return free
 
 
-@dataclass
+@dataclass(slots=True)
 class _Step:
     """What the thread is told of a step."""
 
@@ -122,6 +122,7 @@ class Recorder(Listener):
         """
         self.alerts: list[str] = []
         self._folder, self._config, self._parts = folder, config, parts
+        self._model, self._optimizer, self._injections = parts.model, parts.optimizer, config.injections
         self._layout = layout_of(config, start)
         self._keyframe = {state: number for number, state in enumerate(self._layout.keyframes)}
         state = parts.state()
@@ -161,9 +162,8 @@ class Recorder(Listener):
 
     def starting(self, step: int, batch: Batch, state: State) -> None:
         """Raises RunError where an earlier step could not be written."""
-        self._require_no_error()
-        if self._off:
-            return
+        if self._error is not None:
+            self._require_no_error()
         self._batch, self._heard = batch, []
 
     def _digest_if_changed(self, state: State) -> NDArray[np.uint64] | None:
@@ -188,15 +188,16 @@ class Recorder(Listener):
         """Between the norm and the update, the last moment at which parameters and moments are as they were read."""
         if self._off:
             return
-        model, optimizer = self._parts.model, self._parts.optimizer
+        optimizer = self._optimizer
         unchanged = self._left and optimizer.checksum() == self._checksum
         self._digest_in = None if unchanged else self._digest_if_changed(self._parts.state())
-        if self._config.injections:
-            self._events += [event(one) for one in self._config.injections if one.step == model.step]
+        if self._injections:
+            self._events += [event(one) for one in self._injections if one.step == self._model.step]
         self._copy = self._backlog.take()
         optimizer.copy_to = self._copy.state
-        finite = math.isfinite(optimizer.norms.before) and math.isfinite(model.loss_sum[0])
+        finite = math.isfinite(optimizer.norms.before) and math.isfinite(self._model.loss_sum[0])
         if self._finite and not finite:
+            model = self._model
             self._save_incident(
                 "nonfinite",
                 self._parts.state(),
@@ -218,11 +219,11 @@ class Recorder(Listener):
         if self._off:
             return
         self._finite = stats.finite
-        left, optimizer = self._copy, self._parts.optimizer
-        self._checksum, finite = optimizer.copied
-        if self._config.injections:  # they may have changed the state after the update
+        left = self._copy
+        self._checksum, finite = self._optimizer.copied
+        if self._injections:  # they may have changed the state after the update
             copy_state(state, left.state)
-            self._checksum, finite = optimizer.checksum(), False
+            self._checksum, finite = self._optimizer.checksum(), False
         self._told.put(_Step(self._batch, self._events, self._digest_in, stats, self._heard, self._left, left, finite))
         self._events, self._left = [], left
 
