@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -37,9 +38,10 @@ from minitrain.tensors import KINDS, Tensors, pages
 BACKLOG_BYTES = 64 << 20
 """How far the writer may fall behind; at least two steps, at most BACKLOG_STEPS."""
 BACKLOG_STEPS = 256
-TOGETHER = 4
-"""Steps that are written at once, or fewer where the next is not there within PATIENCE_S seconds."""
-PATIENCE_S = 0.02
+TOLD_AT_ONCE, WRITTEN_AT_ONCE = 2, 4
+"""Steps: waking a thread and writing to a disk have their price each time."""
+PATIENCE_S = 0.01
+"""How long a step may wait for others. Where steps take longer, each is told and written as it comes."""
 
 
 def require_room(folder: RunFolder, layout: Layout) -> int:
@@ -153,8 +155,13 @@ class Recorder(Listener):
         if self._layout.S:
             self._handles.append(parts.hooks.listen(self._hear))
         self._backlog = _Backlog(state, self._layout)
-        self._together = max(1, min(TOGETHER, self._backlog.size - 2))
-        self._told: SimpleQueue[_Step | threading.Event | None] = SimpleQueue()
+        self._steps: list[_Step] = []
+        """What the thread is to be told of next."""
+        self._since = time.monotonic()
+        """When it was told last."""
+        roomy = self._backlog.size > TOLD_AT_ONCE + WRITTEN_AT_ONCE
+        self._told_at_once, self._written_at_once = (TOLD_AT_ONCE, WRITTEN_AT_ONCE) if roomy else (1, 1)
+        self._told: SimpleQueue[list[_Step] | threading.Event | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="record", daemon=True)
         self._thread.start()
 
@@ -224,11 +231,19 @@ class Recorder(Listener):
         if self._injections:  # they may have changed the state after the update
             copy_state(state, left.state)
             self._checksum, finite = self._optimizer.checksum(), False
-        self._told.put(_Step(self._batch, self._events, self._digest_in, stats, self._heard, self._left, left, finite))
+        step = _Step(self._batch, self._events, self._digest_in, stats, self._heard, self._left, left, finite)
         self._events, self._left = [], left
+        self._steps.append(step)
+        if len(self._steps) >= self._told_at_once or time.monotonic() - self._since > PATIENCE_S:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told.put(self._steps)
+        self._steps, self._since = [], time.monotonic()
 
     def settle(self) -> None:
         """Wait until everything told so far is on disk. Raises RunError where that failed."""
+        self._tell()
         done = threading.Event()
         self._told.put(done)
         done.wait()
@@ -260,6 +275,7 @@ class Recorder(Listener):
         stopped = not self._finite and self._config.training.on_nonfinite == "stop"
         for handle in self._handles:
             handle.remove()
+        self._tell()
         self._told.put(None)
         self._thread.join()
         try:
@@ -275,17 +291,18 @@ class Recorder(Listener):
     # The thread
 
     def _work(self) -> None:
-        """Pack each step as it comes, and write a few at a time: the system has its price for every write."""
+        """Pack steps as they come, and write them a few at a time."""
         waiting: list[_Step] = []
         while True:
             try:
                 told = self._told.get(timeout=PATIENCE_S if waiting else None)
             except Empty:
                 told = threading.Event()
-            if isinstance(told, _Step):
-                waiting.append(told)
-                self._attempt(self._pack, told)
-                if len(waiting) < self._together:
+            if isinstance(told, list):
+                waiting += told
+                for step in told:
+                    self._attempt(self._pack, step)
+                if len(waiting) < self._written_at_once:
                     continue
             self._attempt(self._write, waiting)
             for step in waiting:
