@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from measure.recording import STEPS, TURNS
+
 from report.bars import heard_more, more
 from report.results import Figure, Tree
 
@@ -14,8 +15,9 @@ def recording(tree: Tree) -> str:
     lines = [
         "## Recording",
         "",
-        f"The mean time of {STEPS} default steps, until everything is on disk, against that of steps that are not recorded, "
-        f"the fastest of {TURNS} turns by the fastest within a round; *processor* is the time of all threads together. "
+        f"The mean time of {STEPS} default steps, until everything is on disk, against that of steps that are not "
+        f"recorded, the fastest of {TURNS} turns by the fastest within a round; *processor* is the time of all threads "
+        "together. "
         "*free* leaves the second core to the recorder's threads, *pinned* gives the whole process one core. "
         "Validations are left out, and so is making the folder.",
         "",
