@@ -7,7 +7,7 @@ a single call without the GIL: no Python object is touched, nothing is allocated
 from libc.math cimport frexp, sqrt
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcmp, memset
+from libc.string cimport memset
 
 import numpy as np
 
@@ -207,16 +207,6 @@ def load_tokens(int32_t[:, ::1] out, const int32_t[:, ::1] tokens, int32_t limit
             return i
         target[i] = source[i]
     return -1
-
-
-def same_bits(const float[::1] a, const float[::1] b) -> bool:
-    """Whether two buffers of one length hold the same bits."""
-    cdef bint same
-    if a.shape[0] != b.shape[0]:
-        raise ValueError(f"expected {a.shape[0]} numbers, got {b.shape[0]}")
-    with nogil:
-        same = a.shape[0] == 0 or memcmp(&a[0], &b[0], 4 * a.shape[0]) == 0
-    return same
 
 
 # exp, log, sin and cos in double, from + - * / and sqrt alone, for what is computed once: the initial weights.

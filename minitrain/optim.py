@@ -198,6 +198,11 @@ class AdamW:
         self._hyper[:] = hyper_row(self.config, self.lr, self.updates)
         plan.run(self.hooks)
 
+    def stop_copying(self) -> None:
+        """Forget every ``copy_to`` there was."""
+        self.copy_to = None
+        self._copying.clear()
+
     @property
     def copied(self) -> tuple[bytes, bool]:
         """The `checksum` of what the last update with ``copy_to`` left, and whether all of it is finite."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from recording import SMALL, STEPS, Watch, config, contents, damages
 
 import minitrain
 from minitrain import trainer
-from minitrain.errors import RunError
-from minitrain.loop import Listener, StepStats
+from minitrain.assembly import assemble, prepare_data
+from minitrain.errors import HookError, RunError
+from minitrain.loop import Listener, StepStats, watched_step
 from minitrain.record import recorder
 from minitrain.record.journal import JournalWriter, read_journal
 from minitrain.record.layout import layout_of
+from minitrain.run_folder import RunFolder
 from minitrain.state import State
 from minitrain.tensors import digest
 
@@ -214,6 +217,63 @@ def test_full_disk_goes_on_without(place, whole):
     assert run.state(run.end).params.flat.tobytes() == whole[1].states[run.end][0].tobytes()
 
 
+class CutShort:
+    """The disk fills up in the middle of the write of this number, of rows or of frames. Then somebody makes room."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, what: str, number: int) -> None:
+        self.left = number
+        self.write = {"rows": os.pwritev, "frames": os.write}[what]
+        module, name = {"rows": ("appending", "pwritev"), "frames": ("journal", "write")}[what]
+        patch.setattr(f"minitrain.record.{module}.os.{name}", self)
+
+    def __call__(self, file: int, data: Any, *at: int) -> int:
+        self.left -= 1
+        if self.left > 0 or self.left < -1:
+            return self.write(file, data, *at)
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole = b"".join(data) if isinstance(data, list) else bytes(data)
+        half = whole[: int(0.6 * len(whole))]
+        return self.write(file, [half], *at) if isinstance(data, list) else self.write(file, half)
+
+
+@pytest.mark.parametrize(("what", "number"), [("rows", 5), ("rows", 6), ("rows", 33), ("rows", 34), ("frames", 17)])
+def test_a_disk_that_fills_up_in_the_middle_of_a_write(place, whole, what, number):
+    """Steps are committed whole or not at all: what stands is undamaged, and resumed it becomes the same bytes."""
+    for name in ("full", "without"):
+        shutil.rmtree(place / name, ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        CutShort(patch, what, number)
+        outcome = trainer.run(config("record.on_error=continue"), place / "without")
+    assert outcome.digest == digest(*whole[1].states[STEPS])
+    assert 0 < minitrain.open_run(place / "without").end < STEPS
+    assert damages(place / "without") == []
+    with pytest.MonkeyPatch.context() as patch:
+        CutShort(patch, what, number)
+        with pytest.raises((RunError, OSError), match="No space left on device"):
+            trainer.run(config(), place / "full")
+    assert damages(place / "full") == []
+    trainer.run(config(), place / "full", resume=True)
+    assert contents(place / "full") == contents(whole[0])
+
+
+def test_a_disk_slower_than_training(place, whole, monkeypatch):
+    """Where the backlog fills up, rows are left to the page cache, as long as that lasts; the bytes are the same."""
+    asked: list[bool] = []
+    steps = recorder.RecordWriter.steps
+
+    def slow(self: Any, told: Any, hurry: bool) -> list[int]:
+        asked.append(hurry)
+        time.sleep(0 if hurry else 0.03)
+        return steps(self, told, hurry)
+
+    monkeypatch.setattr(recorder, "BACKLOG_STEPS", 12)
+    monkeypatch.setattr(recorder.RecordWriter, "steps", slow)
+    trainer.run(config(), place / "slow")
+    assert set(asked) == {False, True}
+    assert contents(place / "slow") == contents(whole[0])
+
+
 def test_no_room_is_said_before_step_0(place, monkeypatch):
     """A record that does not fit is refused with both figures, and nothing is written."""
     monkeypatch.setattr(recorder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
@@ -282,3 +342,30 @@ def test_not_finite(place, mode):
     last = run.state(run.end)
     assert np.isnan(last.params.flat).any() or np.isnan(last.m.flat).any() or np.isinf(last.v.flat).any()
     assert damages(run.path) == []
+
+
+def test_a_step_that_is_given_up_many_times(place):
+    """A hook that raises between the update and the end of the step costs the recorder nothing that it would miss."""
+    conf = config("scheduler.total_steps=3", "scheduler.warmup_steps=1")
+    data = prepare_data(conf)
+    parts = assemble(conf, data)
+    (place / "given-up").mkdir()
+    recorder_ = recorder.Recorder(RunFolder(place / "given-up"), conf, parts, {})
+    start = parts.state()
+    kept = State(0, start.params.copy(), start.m.copy(), start.v.copy())
+
+    def fail(site: str, tensor: Any) -> None:
+        raise ValueError("enough")
+
+    with closing(recorder_):
+        handle = parts.hooks.listen(fail, "param.lm_head.bias")
+        for _ in range(2 * recorder_._backlog.size):
+            with pytest.raises(HookError):
+                watched_step(parts.model, parts.optimizer, parts.scheduler, parts.batches.batch_at(0), [recorder_])
+            parts.put(kept)
+        handle.remove()
+        for step in range(3):
+            watched_step(parts.model, parts.optimizer, parts.scheduler, parts.batches.batch_at(step), [recorder_])
+    journal = read_journal(place / "given-up" / "journal.msgpack")
+    assert [body["step"] for body in journal.steps] == [0, 1, 2]
+    assert not journal.events

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from minitrain import selftest, trainer
@@ -105,6 +105,7 @@ def test_portable_equals_golden_for_20_steps(folder, monkeypatch):
 
 @pytest.mark.once
 @settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
+@example(stop=33, dropout=0.0, tied=True, seed=1177704)  # a metric on the edge between two roundings
 @given(stop=st.integers(1, 59), dropout=st.sampled_from([0.0, 0.3]), tied=st.booleans(), seed=st.integers(0, 2**32 - 1))
 def test_resumed_equals_uninterrupted(tmp_path_factory, stop, dropout, tied, seed):
     """Stopped at any step and resumed: the same state, log, validations and model file as in one go."""

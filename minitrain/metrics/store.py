@@ -69,8 +69,9 @@ class MetricsWriter:
 
     def append(self, cadence: str, row: Mapping[str, Any]) -> None:
         """The next row of this cadence, with a value for each of its arrays. Raises OSError."""
+        row = {name: np.asarray(value, self._layout.arrays[name].dtype) for name, value in row.items()}
         self._writers[cadence].append(row)
-        self.last |= row
+        self.last |= row  # as it will be read back: a resumed run is to say the same of it
 
     def flush(self) -> None:
         """Write what there is. Raises OSError."""

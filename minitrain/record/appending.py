@@ -23,22 +23,27 @@ class RowFile:
         self._direct = False
 
     def append(self, *rows: memoryview, direct: bool) -> None:
-        """``direct`` asks for a direct write, for whole blocks at whole blocks in file and memory. Raises OSError."""
+        """``direct`` asks for a direct write, for whole blocks at whole blocks in file and memory.
+
+        All rows are written or none: raises OSError, and the file is as it was.
+        """
         self._set_direct(direct)
-        parts = list(rows)
+        parts, end = list(rows), self._end
         while parts:
             try:
-                written = os.pwritev(self._file, parts, self._end)
+                written = os.pwritev(self._file, parts, end)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
+                    os.ftruncate(self._file, self._end)
                     raise
                 written = 0  # blocks of another size, or a file system without
-            self._end += written
+            end += written
             while parts and written >= len(parts[0]):
                 written -= len(parts.pop(0))
             if parts:  # also: cut by a signal, or by a disk that is about to be full
                 self._set_direct(False)
                 parts[0] = parts[0][written:]
+        self._end = end
 
     def _set_direct(self, direct: bool) -> None:
         """As far as system and file system can."""
@@ -54,7 +59,12 @@ class RowFile:
             pass
 
     def close(self) -> None:
-        """Raises OSError."""
-        if hasattr(os, "posix_fadvise"):  # have it go to the disk now: the next sync would wait for all of it at once
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(self._file)
+        """Once. Raises OSError."""
+        file, self._file = self._file, -1
+        if file < 0:
+            return
+        try:
+            if hasattr(os, "posix_fadvise"):  # have it go to the disk now: the next sync would wait for all at once
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(file)

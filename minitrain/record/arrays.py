@@ -113,6 +113,10 @@ class RowWriter:
         Raises RunError if there are fewer, and OSError.
         """
         self._folder, self._spec = folder, spec
+        self._go_on(rows)
+
+    def _go_on(self, rows: int) -> None:
+        folder, spec = self._folder, self._spec
         self.rows = rows
         for shard, path in shards(folder, spec):
             if shard < rows // SHARD and path.name.startswith("."):  # killed before it got its name
@@ -153,6 +157,12 @@ class RowWriter:
         file.close()
         closed, opened = shard_paths(self._folder, self._spec, shard)
         os.replace(opened, closed)
+
+    def cut(self, rows: int) -> None:
+        """Drop what stands behind the first ``rows`` rows. Raises OSError."""
+        if rows != self.rows:
+            self._file.close()
+            self._go_on(rows)
 
     def close(self) -> None:
         """Finish the last shard, so that other programs see its rows. Raises OSError."""

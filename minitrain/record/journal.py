@@ -88,32 +88,37 @@ class JournalWriter:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         os.ftruncate(self._file, keep)
         os.lseek(self._file, 0, os.SEEK_END)
-        self.chain = chain
+        self.chain, self._end = chain, keep
         if not keep:
-            _write_all(self._file, MAGIC)
+            self._write(MAGIC)
 
     def append(self, *bodies: Mapping[str, Any]) -> list[bytes]:
-        """The chain behind each. Raises OSError; the chain then has not moved."""
+        """The chain behind each. All of them are written or none: raises OSError, and the file is as it was."""
         frames, chains, chain = [], [], self.chain
         for body in bodies:
             frame, chain = encode(body, chain)
             frames.append(frame)
             chains.append(chain)
-        _write_all(self._file, b"".join(frames))
+        self._write(b"".join(frames))
         self.chain = chain
         return chains
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._file, view) :]
+        except OSError:
+            os.ftruncate(self._file, self._end)
+            os.lseek(self._file, 0, os.SEEK_END)
+            raise
+        self._end += len(data)
 
     def sync(self) -> None:
         os.fsync(self._file)
 
     def close(self) -> None:
         os.close(self._file)
-
-
-def _write_all(file: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view) :]
 
 
 @dataclass

@@ -41,7 +41,7 @@ BACKLOG_STEPS = 256
 TOLD_AT_ONCE, WRITTEN_AT_ONCE = 2, 4
 """Steps: waking a thread and writing to a disk have their price each time."""
 PATIENCE_S = 0.01
-"""How long a step may wait for others. Where steps take longer, each is told and written as it comes."""
+"""How long a step waits for others. Where steps take longer, each is told and written as it comes."""
 
 
 def require_room(folder: RunFolder, layout: Layout) -> int:
@@ -106,6 +106,11 @@ class _Backlog:
             return _Copy(self._like, self._layout)
         return self._free.get()
 
+    @property
+    def crowded(self) -> bool:
+        """The disk is slower than training. (Where there is room for a few only, it always looks like that.)"""
+        return self.size >= 8 and self._made - self._free.qsize() > self.size // 2
+
     def free(self, copy: _Copy) -> None:
         """It is needed no more."""
         self._free.put(copy)
@@ -144,7 +149,8 @@ class Recorder(Listener):
         self._checksum = b""
         """Of the same."""
         self._batch: Batch
-        self._copy: _Copy
+        self._copy: _Copy | None = None
+        """Of what the running step will leave; kept for the next, if this one is given up."""
         self._events: list[dict[str, Any]] = []
         self._digest_in: NDArray[np.uint64] | None = None
         self._heard: list[int] = []
@@ -171,7 +177,7 @@ class Recorder(Listener):
         """Raises RunError where an earlier step could not be written."""
         if self._error is not None:
             self._require_no_error()
-        self._batch, self._heard = batch, []
+        self._batch, self._heard, self._events = batch, [], []
 
     def _digest_if_changed(self, state: State) -> NDArray[np.uint64] | None:
         """Digests of state t as the step reads it: at the first step, and where step t-1 left something else."""
@@ -200,7 +206,8 @@ class Recorder(Listener):
         self._digest_in = None if unchanged else self._digest_if_changed(self._parts.state())
         if self._injections:
             self._events += [event(one) for one in self._injections if one.step == self._model.step]
-        self._copy = self._backlog.take()
+        if self._copy is None:
+            self._copy = self._backlog.take()
         optimizer.copy_to = self._copy.state
         finite = math.isfinite(optimizer.norms.before) and math.isfinite(self._model.loss_sum[0])
         if self._finite and not finite:
@@ -223,18 +230,22 @@ class Recorder(Listener):
             self._heard.append(tensor_digest(tensor))
 
     def stepped(self, stats: StepStats, state: State) -> None:
-        if self._off:
+        if self._off or self._copy is None:
             return
         self._finite = stats.finite
-        left = self._copy
+        left, self._copy = self._copy, None
         self._checksum, finite = self._optimizer.copied
         if self._injections:  # they may have changed the state after the update
             copy_state(state, left.state)
             self._checksum, finite = self._optimizer.checksum(), False
         step = _Step(self._batch, self._events, self._digest_in, stats, self._heard, self._left, left, finite)
-        self._events, self._left = [], left
+        self._left = left
         self._steps.append(step)
         if len(self._steps) >= self._told_at_once or time.monotonic() - self._since > PATIENCE_S:
+            self._tell()
+
+    def evaluated(self, batch: Batch) -> None:
+        if self._steps:  # they are not to wait for a validation
             self._tell()
 
     def _tell(self) -> None:
@@ -275,11 +286,11 @@ class Recorder(Listener):
         stopped = not self._finite and self._config.training.on_nonfinite == "stop"
         for handle in self._handles:
             handle.remove()
+        self._optimizer.stop_copying()
         self._tell()
         self._told.put(None)
         self._thread.join()
         try:
-            self._writer.events(self._events)
             self._writer.close()
             state = self._parts.state()
             if stopped and state.step < self._layout.end and not self._error:
@@ -347,7 +358,7 @@ class Recorder(Listener):
         for step in steps:
             if (state := step.stats.step + 1) in self._keyframe:
                 self._writer.keyframe(self._keyframe[state], _flats(step.left.state))
-        hurry = self._told.qsize() > self._backlog.size // 2
+        hurry = self._backlog.crowded
         for other in self._writer.steps([step.packed for step in steps if step.packed], hurry):
             self.alerts.append(f"step {other} has other bits than it had before the run was resumed: trust neither")
 

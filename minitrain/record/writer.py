@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
+from msgpack import packb
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
@@ -44,7 +45,7 @@ class RecordWriter:
         self._folder, self._layout = folder, layout
         self._before: dict[int, dict[str, Any]] = {}
         self._journal: JournalWriter
-        rows = state - layout.start
+        self._committed = rows = state - layout.start
         if rows:
             journal = self._require_steps(state)
             self._before = {body["step"]: body for body in journal.steps[rows:]}
@@ -98,11 +99,9 @@ class RecordWriter:
             *_, chain = islice(chains, len(t.events) + 1)
             self._blocks.append(_as_row(t.body, self.digest_out, chain))
             self.digest_out = np.frombuffer(t.body["digest_out"], "<u8").reshape(3, -1)
-        return [t.body["step"] for t in told if self._before.get(t.body["step"], t.body) != t.body]
-
-    def events(self, bodies: Sequence[Mapping[str, Any]]) -> None:
-        """Of a step that was not finished. Raises OSError."""
-        self._journal.append(*bodies)
+            self._committed += 1
+        again = [t.body for t in told if t.body["step"] in self._before]
+        return [body["step"] for body in again if packb(body) != packb(self._before[body["step"]])]
 
     def keyframe(self, number: int, state: Flats) -> None:
         """Raises OSError."""
@@ -125,6 +124,7 @@ class RecordWriter:
         self._journal.close()
         self._blocks.flush()
         for rows in self._rows:
+            rows.cut(self._committed)  # a disk that was full may have taken some that were not committed
             rows.close()
 
     def shorten(self, shorter: Layout, last: Flats) -> None:
