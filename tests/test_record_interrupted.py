@@ -28,7 +28,7 @@ from minitrain.errors import HookError, RunError
 from minitrain.loop import Listener, StepStats, watched_step
 from minitrain.record import recorder
 from minitrain.record.journal import JournalWriter, read_journal
-from minitrain.record.layout import layout_of
+from minitrain.record.layout import BLOCK, layout_of
 from minitrain.run_folder import RunFolder
 from minitrain.state import State
 from minitrain.tensors import digest
@@ -255,6 +255,22 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_write(place, whole, what, numbe
     assert damages(place / "full") == []
     trainer.run(config(), place / "full", resume=True)
     assert contents(place / "full") == contents(whole[0])
+
+
+def test_full_blocks_come_before_the_next_frame(place, monkeypatch):
+    """Wherever a kill strikes, only the last block can be missing: the frame behind a full one waits for it."""
+
+    def fail(self: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("minitrain.record.arrays.BlockWriter.flush", fail)
+    with pytest.raises((RunError, OSError), match="Input/output error"):
+        trainer.run(
+            config("scheduler.total_steps=530", "training.checkpoint_every=401", "metrics.enabled=false"),
+            place / "blocks",
+        )
+    assert read_journal(place / "blocks" / "journal.msgpack").end == BLOCK
+    assert damages(place / "blocks") == []
 
 
 def test_a_disk_slower_than_training(place, whole, monkeypatch):

@@ -92,6 +92,9 @@ class RecordWriter:
 
         In a ``hurry`` the rows go to the page cache: the disk is slower than training.
         """
+        room = BLOCK - self._committed % BLOCK
+        if len(told) > room:  # blocks that are full are written before the next frame is
+            return self.steps(told[:room], hurry) + self.steps(told[room:], hurry)
         for rows, *of_steps in zip(self._rows, *(t.rows for t in told), strict=True):
             rows.append(of_steps, cached=hurry)
         chains = iter(self._journal.append(*(body for t in told for body in (*t.events, t.body))))
