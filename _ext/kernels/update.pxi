@@ -48,7 +48,7 @@ cdef void clamp(float *g, const double *limit, int64_t n) noexcept nogil:
 # Elements lo..hi-1; segment s is offsets[s]..offsets[s+1]-1 and decays if decays[s].
 # hyper = [lr, beta1, beta2, eps, decay, t]
 # Unless theta_copy is NULL, copies of all three are left as well, and their checksums are added to sums[0..2]; sums[3] is no
-# longer 0 if a number is not finite. Made here, this costs a third of what it costs afterwards.
+# longer 0 if a number is not finite. Made here, this costs half of what it costs afterwards.
 cdef void adamw(float *theta, float *m, float *v, float *theta_copy, float *m_copy, float *v_copy, uint32_t *sums,
                 const float *g, const int64_t *offsets, const uint8_t *decays, const double *hyper,
                 int64_t S, int64_t lo, int64_t hi) noexcept nogil:
