@@ -108,7 +108,7 @@ class _Backlog:
 
     @property
     def crowded(self) -> bool:
-        """The disk is slower than training. Where there is room for a few only, this cannot be told, and is not said."""
+        """The disk is slower than training. With room for a few only that cannot be told: then never."""
         return self.size >= 8 and self._made - self._free.qsize() > self.size // 2
 
     def free(self, copy: _Copy) -> None:
