@@ -3,9 +3,9 @@
 // Design: each output element is one chain of fused multiply-adds in k order over at most DEPTH values of k; longer
 // sums are chains of DEPTH added in order. Vectors run across n and tiles across m and n, so neither the
 // tile's size nor the instruction set touches the order: the bits are those of a plain triple loop.
-// The right-hand side is packed into panels of PANEL columns, k-major, so that the inner loop reads memory in order;
-// columns past the edge are packed as 0 and never stored. The left-hand side is read where it stands while it is small;
-// a large one is packed as well, a block of tiles at a time (kernels/matmul.pxi decides).
+// The right-hand side is read in panels of PANEL columns, k-major: packed, so that the inner loop reads memory in order,
+// or where it stands. Columns past the edge are packed as 0 and never stored. The left-hand side is read where it stands
+// while it is small; a large one is packed as well, a block of tiles at a time (kernels/matmul.pxi decides).
 #ifndef MINITRAIN_TILE_H
 #define MINITRAIN_TILE_H
 #include "lanes.h"
@@ -26,7 +26,7 @@
 #define TILE_FLOATS(depth) ((depth) * TILE_ROWS + 16)
 
 // c[rows, n] = a[rows, depth] . panel (+ c if accumulate) (+ bias[n]); element (i, k) of a stands at a[i*row + k*step].
-// rows and vectors are literals at every call, so the accumulators stay in registers.
+// The panel's rows are `width` apart. rows and vectors are literals at every call, so the accumulators stay in registers.
 INLINE void tile_body(const int rows, const int vectors, int64_t depth, const float *a, int64_t row, int64_t step,
                       const float *panel, int64_t width, float *c, int64_t ldc, int accumulate, const float *bias, int64_t n) {
   V sum[TILE_ROWS][PANEL_VECTORS];

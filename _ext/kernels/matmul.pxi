@@ -22,9 +22,11 @@ cdef void pack_right(float *right, const float *b, int64_t ldb, bint transposed,
 
 
 cdef void multiply_panels(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, int64_t tile_step,
-                          const float *right, int64_t M, int64_t N, int64_t depth, bint accumulate,
-                          const float *bias) noexcept nogil:
-    """c[M, N] = a . right (+ c) (+ bias) for at most DEPTH values of k; each tile of a stands tile_step from the last."""
+                          const float *right, int64_t across, int64_t down, int64_t M, int64_t N, int64_t depth,
+                          bint accumulate, const float *bias) noexcept nogil:
+    """c[M, N] = a . right (+ c) (+ bias) for at most DEPTH values of k; each tile of a stands tile_step from the last.
+
+    The panel of column j begins at j * across, its rows are `down` apart (0: one right behind the other)."""
     cdef int64_t j = 0, m, width
     cdef const float *rows
     while j < N:
@@ -34,8 +36,8 @@ cdef void multiply_panels(float *c, int64_t ldc, const float *a, int64_t row, in
         while m < M:
             if M - m >= TILE_ROWS:
                 prefetch_rows(c + m * ldc + j, ldc)
-            tile(<int>min(<int64_t>TILE_ROWS, M - m), depth, rows, row, step, right + j * depth, width,
-                 c + m * ldc + j, ldc, accumulate, bias + j if bias != NULL else NULL, min(width, N - j))
+            tile(<int>min(<int64_t>TILE_ROWS, M - m), depth, rows, row, step, right + j * across,
+                 down if down else width, c + m * ldc + j, ldc, accumulate, bias + j if bias != NULL else NULL, min(width, N - j))
             m += TILE_ROWS
             rows += tile_step
         j += width
@@ -47,12 +49,13 @@ cdef void multiply(float *c, int64_t ldc, const float *a, int64_t row, int64_t s
     the second-level cache (Goto & van de Geijn, ACM TOMS 34, 2008). No bit depends on it."""
     cdef int64_t m = 0, rows
     if not large:
-        multiply_panels(c, ldc, a, row, step, TILE_ROWS * row, right, M, N, depth, accumulate, bias)
+        multiply_panels(c, ldc, a, row, step, TILE_ROWS * row, right, depth, 0, M, N, depth, accumulate, bias)
         return
     while m < M:
         rows = min(<int64_t>BLOCK_TILES * TILE_ROWS, M - m)
         pack_left(scratch, a + m * row, row, step, rows, M - m, depth)
-        multiply_panels(c + m * ldc, ldc, scratch, 1, TILE_ROWS, TILE_FLOATS(depth), right, rows, N, depth, accumulate, bias)
+        multiply_panels(c + m * ldc, ldc, scratch, 1, TILE_ROWS, TILE_FLOATS(depth), right, depth, 0, rows, N, depth,
+                        accumulate, bias)
         m += rows
 
 
@@ -67,15 +70,22 @@ cdef void matmul(float *c, int64_t ldc, const float *a, int64_t row, int64_t ste
     # Packing a is worth its while where an element serves many columns, and a has outgrown the cache or would be read
     # along addresses that share a set of it. Measured.
     cdef bint large = N >= 96 and (M * K > 98304 or (row == 1 and step >= 512))
+    # Packing b is not, where its rows lie as the panels need them and a few tiles read them: for whole panels at least.
+    cdef int64_t direct = 0 if transposed or large else N if N % 16 == 0 else N - N % PANEL
     cdef int64_t j = 0, k, n, depth
+    cdef const float *from_bias
     while j < N:
-        n = min(<int64_t>BLOCK_COLUMNS, N - j)
+        n = min(<int64_t>BLOCK_COLUMNS, (direct if j < direct else N) - j)
         k = 0
         while k < K:
             depth = min(<int64_t>DEPTH, K - k)
-            pack_right(right, b + (j * ldb + k if transposed else k * ldb + j), ldb, transposed, n, depth)
-            multiply(c + j, ldc, a + k * step, row, step, right, M, n, depth, accumulate or k > 0,
-                     bias + j if bias != NULL and k + depth == K else NULL, large, scratch)
+            from_bias = bias + j if bias != NULL and k + depth == K else NULL
+            if j < direct:
+                multiply_panels(c + j, ldc, a + k * step, row, step, TILE_ROWS * row, b + k * ldb + j, 1, ldb, M, n, depth,
+                                accumulate or k > 0, from_bias)
+            else:
+                pack_right(right, b + (j * ldb + k if transposed else k * ldb + j), ldb, transposed, n, depth)
+                multiply(c + j, ldc, a + k * step, row, step, right, M, n, depth, accumulate or k > 0, from_bias, large, scratch)
             k += depth
         j += n
 
