@@ -4,24 +4,41 @@
 #define MINITRAIN_ELEMENTARY_H
 #include "lanes.h"
 
+#define EXP_LOW (-87.0f)
+#define EXP_HIGH 88.7228317f
+
+// y = e^x of n vectors, EXP_LOW <= x <= EXP_HIGH; at most 1.1 ulp. Outside that and for NaN y means nothing. The steps of
+// the vectors alternate: one vector alone has the processor wait for each step before the next.
+INLINE void vexp_within(V *y, const V *x, const int n) {
+  const V magic = vset(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
+  const float c[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  V t[ABREAST], r[ABREAST], p[ABREAST];
+  EACH(n) t[i] = vfma(x[i], vset(1.44269504f), magic);
+  EACH(n) p[i] = vsub(t[i], magic);
+  EACH(n) r[i] = vfma(p[i], vset(-0.693359375f), x[i]);
+  EACH(n) r[i] = vfma(p[i], vset(2.12194440e-4f), r[i]);
+  EACH(n) p[i] = vset(1.9875691500e-4f);
+#pragma GCC unroll 5
+  for (int k = 0; k < 5; k++) EACH(n) p[i] = vfma(p[i], r[i], vset(c[k]));
+  EACH(n) p[i] = vadd(vfma(vmul(r[i], r[i]), p[i], r[i]), vset(1.0f));
+  EACH(n) y[i] = vadd_int(p[i], VSHIFT_LEFT(t[i], 23));  // p * 2^n
+}
+
 // e^x; at most 1.1 ulp. Below -87 the result is 0, above 88.72283 Inf; NaN gives NaN.
 INLINE V vexp(V x) {
-  const V magic = vset(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
-  V c = vmax(vset(-87.0f), vmin(vset(88.7228317f), x));
-  V t = vfma(c, vset(1.44269504f), magic), n = vsub(t, magic);
-  V r = vfma(n, vset(-0.693359375f), c);
-  r = vfma(n, vset(2.12194440e-4f), r);
-  V p = vset(1.9875691500e-4f);
-  p = vfma(p, r, vset(1.3981999507e-3f));
-  p = vfma(p, r, vset(8.3334519073e-3f));
-  p = vfma(p, r, vset(4.1665795894e-2f));
-  p = vfma(p, r, vset(1.6666665459e-1f));
-  p = vfma(p, r, vset(5.0000001201e-1f));
-  p = vadd(vfma(vmul(r, r), p, r), vset(1.0f));
-  V y = vadd_int(p, VSHIFT_LEFT(t, 23));  // p * 2^n
-  y = vselect_gt(x, vset(88.7228317f), vset(INFINITY), y);
-  y = vselect_gt(vset(-87.0f), x, vzero(), y);
+  V y, within = vmax(vset(EXP_LOW), vmin(vset(EXP_HIGH), x));
+  vexp_within(&y, &within, 1);
+  y = vselect_gt(x, vset(EXP_HIGH), vset(INFINITY), y);
+  y = vselect_gt(vset(EXP_LOW), x, vzero(), y);
   return vselect_nan(x, x, y);
+}
+
+// y = e^x of n vectors for x <= 0, 0 below -87; NaN gives NaN, and where x is larger y means nothing.
+INLINE void vexp_of_negative(V *y, const V *x, const int n) {
+  V c[ABREAST];
+  EACH(n) c[i] = vmax(vset(EXP_LOW), x[i]);
+  vexp_within(y, c, n);
+  EACH(n) y[i] = vadd(vsub(c[i], c[i]), vselect_gt(vset(EXP_LOW), x[i], vzero(), y[i]));  // 0, or NaN: cheaper than a choice
 }
 
 // ln x for x = 0 or a normal number; at most 1.5 ulp. log 0 = -Inf, log of a negative number is NaN.

@@ -16,6 +16,8 @@
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
+#define ABREAST 4  // vectors or rows that a kernel of long chains takes at once, so that none waits for its own last step
+#define EACH(n) _Pragma("GCC unroll 4") for (int i = 0; i < n; i++)
 INLINE uint32_t lane_bits(int64_t n) { return n >= LANES ? 0xFFFFu : n <= 0 ? 0u : (1u << n) - 1u; }
 
 #if defined(MINITRAIN_AVX512)  // ------------------------------------------------------------ one 512-bit register

@@ -9,19 +9,20 @@ cdef inline int64_t block_end(int64_t i0, int64_t T) noexcept nogil:
     return min(T, i0 + 16)
 
 
-cdef void product(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, const float *panels,
-                  int64_t packed_n, int64_t packed_k, int64_t M, int64_t N, int64_t k0, int64_t k1) noexcept nogil:
-    """c[M, N] = a[M, k0:k1] . b[k0:k1, N] with b packed (all of it: packed_n columns, packed_k rows)."""
-    cdef int64_t j = 0, m, k, width, depth
+cdef void product(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, Panels b, int64_t M, int64_t N,
+                  int64_t k0, int64_t k1) noexcept nogil:
+    """c[M, N] = a[M, k0:k1] . b[k0:k1, N]: the first N columns of b."""
+    cdef int64_t j = 0, m, k, width, down, depth
     while j < N:
-        width = panel_width(packed_n - j)
+        width = panel_width(b.columns - j)
+        down = b.down if b.down else width
         k = k0
         while k < k1:
             depth = min(<int64_t>DEPTH, k1 - k)
             m = 0
             while m < M:
                 tile(<int>min(<int64_t>TILE_ROWS, M - m), depth, a + m * row + k * step, row, step,
-                     panels + j * packed_k + k * width, width, c + m * ldc + j, ldc, k > k0, NULL, min(width, N - j))
+                     b.first + j * b.across + k * down, down, c + m * ldc + j, ldc, k > k0, NULL, min(width, N - j))
                 m += TILE_ROWS
             k += depth
         j += width
@@ -36,46 +37,67 @@ cdef void key_lanes(uint32_t *keys, const uint8_t *key_mask, int64_t T) noexcept
         keys[j >> 4] |= <uint32_t>(key_mask[j] != 0) << (j & 15)
 
 
-cdef void softmax_row(float *p, const uint32_t *keys, int64_t seen, int64_t end, float scale) noexcept nogil:
-    """p[0:end] = softmax(scale * p) over the first `seen` keys that the mask allows; 0 elsewhere, also if there are none."""
-    cdef int64_t j
-    cdef uint32_t bits
-    cdef V top = vset(-INFINITY), total = vzero(), x, e, shift, vscale = vset(scale)
+cdef void softmax_rows(float *p, int64_t T, const uint32_t *keys, int64_t i0, int64_t end, float scale) noexcept nogil:
+    """Rows i0 to end-1 of p[T, 0:end] = softmax(scale * p) over the keys up to the row itself that the mask allows; 0
+    elsewhere, also if there are none.
+
+    ABREAST rows at once; beyond the last it is the last again, which writes the same numbers.
+    """
+    cdef int64_t i = i0, j
+    cdef int w
+    cdef int64_t[ABREAST] seen
+    cdef uint32_t[ABREAST] bits
+    cdef float *row[ABREAST]
+    cdef V[ABREAST] x, shift, total
+    cdef V vscale = vset(scale)
     cdef float sum
-    for j in range(0, end, 16):
-        bits = keys[j >> 4] & lane_bits(seen - j)
-        x = vload_n(p + j, end - j)
-        top = vmax(x if bits == 0xFFFF else vselect(bits, x, vset(-INFINITY)), top)
-    shift = vset(vmaximum(top) * scale)                  # rounded like every scaled score: the largest is exp(0)
-    for j in range(0, end, 16):
-        bits = keys[j >> 4] & lane_bits(seen - j)
-        e = vexp(vsub(vmul(vload_n(p + j, end - j), vscale), shift))
-        if bits != 0xFFFF:
-            e = vselect(bits, e, vzero())
-        vstore_n(p + j, e, end - j)
-        total = vadd(total, e)
-    sum = vsum(total)
-    e = vset(<float>1.0 / sum if sum != 0 else <float>0.0)  # 0 only where no key is seen: else the largest adds 1
-    for j in range(0, end, 16):
-        vstore_n(p + j, vmul(vload_n(p + j, end - j), e), end - j)
+    while i < end:
+        for w in range(ABREAST):
+            seen[w] = min(i + w + 1, end)
+            row[w] = p + (seen[w] - 1) * T
+            total[w] = vset(-INFINITY)
+        for j in range(0, end, 16):
+            for w in range(ABREAST):
+                bits[w] = keys[j >> 4] & lane_bits(seen[w] - j)
+                total[w] = vmax(vselect(bits[w], vload_n(row[w] + j, end - j), vset(-INFINITY)), total[w])
+        for w in range(ABREAST):
+            shift[w] = vset(vmaximum(total[w]) * scale)  # rounded like every scaled score: the largest is exp(0)
+            total[w] = vzero()
+        for j in range(0, end, 16):
+            for w in range(ABREAST):
+                bits[w] = keys[j >> 4] & lane_bits(seen[w] - j)
+                x[w] = vsub(vmul(vload_n(row[w] + j, end - j), vscale), shift[w])
+            vexp_of_negative(x, x, ABREAST)              # keys that are not seen may lie above
+            for w in range(ABREAST):
+                x[w] = vselect(bits[w], x[w], vzero())
+                vstore_n(row[w] + j, x[w], end - j)
+                total[w] = vadd(total[w], x[w])
+        for w in range(ABREAST):
+            sum = vsum(total[w])                         # 0 only where no key is seen: else the largest adds 1
+            total[w] = vset(<float>1.0 / sum if sum != 0 else <float>0.0)
+        for j in range(0, end, 16):
+            for w in range(ABREAST):
+                x[w] = vmul(vload_n(row[w] + j, end - j), total[w])
+            for w in range(ABREAST):
+                vstore_n(row[w] + j, x[w], end - j)
+        i += ABREAST
 
 
 # s = scale * q . k^T; p = softmax(s) over the keys <= the query that are real; o = p . v
 cdef void attention_forward(float *o, float *p, const float *q, const float *k, const float *v, const uint32_t *keys,
                             int64_t T, int64_t C, int64_t D, float *scratch) noexcept nogil:
-    cdef int64_t i0, i, end, rows
+    cdef int64_t i0, end, rows
     cdef float scale = <float>(1.0 / sqrt(<double>D))
-    pack_right(scratch, k, C, True, T, D)
+    cdef Panels right = packed(scratch, k, C, True, T, D)
     for i0 in range(0, T, 16):
         end = block_end(i0, T)
         rows = end - i0
-        product(p + i0 * T, T, q + i0 * C, C, 1, scratch, T, D, rows, end, 0, D)
-        for i in range(i0, end):
-            softmax_row(p + i * T, keys, i + 1, end, scale)
-    pack_right(scratch, v, C, False, D, T)
+        product(p + i0 * T, T, q + i0 * C, C, 1, right, rows, end, 0, D)
+        softmax_rows(p, T, keys, i0, end, scale)
+    right = packed(scratch, v, C, False, D, T)
     for i0 in range(0, T, 16):
         end = block_end(i0, T)
-        product(o + i0 * C, C, p + i0 * T, T, 1, scratch, D, T, end - i0, D, 0, end)
+        product(o + i0 * C, C, p + i0 * T, T, 1, right, end - i0, D, 0, end)
 
 
 # dv = p^T . do; dp = do . v^T; ds = scale * p * (dp - sum(dp * p)); dq = ds . k; dk = ds^T . q
@@ -85,15 +107,15 @@ cdef void attention_backward(float *dq, float *dk, float *dv, float *dp, const f
     cdef int64_t i0, i, j, end
     cdef float scale = <float>(1.0 / sqrt(<double>D))
     cdef float *ds = scratch
-    cdef float *panels = scratch + T * T
+    cdef float *memory = scratch + T * T
+    cdef Panels right = packed(memory, do_, C, False, D, T)
     cdef V total, shift, d, vscale = vset(scale)
-    pack_right(panels, do_, C, False, D, T)
     for i0 in range(0, T, 16):                           # keys i0.. are seen by the queries from i0 on
-        product(dv + i0 * C, C, p + i0, 1, T, panels, D, T, block_end(i0, T) - i0, D, i0, T)
-    pack_right(panels, v, C, True, T, D)
+        product(dv + i0 * C, C, p + i0, 1, T, right, block_end(i0, T) - i0, D, i0, T)
+    right = packed(memory, v, C, True, T, D)
     for i0 in range(0, T, 16):
         end = block_end(i0, T)
-        product(dp + i0 * T, T, do_ + i0 * C, C, 1, panels, T, D, end - i0, end, 0, D)
+        product(dp + i0 * T, T, do_ + i0 * C, C, 1, right, end - i0, end, 0, D)
         for i in range(i0, end):
             total = vzero()
             for j in range(0, end, 16):
@@ -104,10 +126,10 @@ cdef void attention_backward(float *dq, float *dk, float *dv, float *dp, const f
             for j in range(0, end, 16):
                 d = vmul(vmul(vload_n(p + i * T + j, end - j), vscale), vsub(vload_n(dp + i * T + j, end - j), shift))
                 vstore_n(ds + i * T + j, d, end - j)
-    pack_right(panels, k, C, False, D, T)
+    right = packed(memory, k, C, False, D, T)
     for i0 in range(0, T, 16):
         end = block_end(i0, T)
-        product(dq + i0 * C, C, ds + i0 * T, T, 1, panels, D, T, end - i0, D, 0, end)
-    pack_right(panels, q, C, False, D, T)
+        product(dq + i0 * C, C, ds + i0 * T, T, 1, right, end - i0, D, 0, end)
+    right = packed(memory, q, C, False, D, T)
     for i0 in range(0, T, 16):
-        product(dk + i0 * C, C, ds + i0, 1, T, panels, D, T, block_end(i0, T) - i0, D, i0, T)
+        product(dk + i0 * C, C, ds + i0, 1, T, right, block_end(i0, T) - i0, D, i0, T)

@@ -4,6 +4,7 @@ from libc.math cimport sqrt, sqrtf      # exact by IEEE 754, the only ones taken
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "lanes.h" nogil:
+    enum: ABREAST
     const float INFINITY
     const float NAN
     ctypedef struct V:
@@ -37,6 +38,10 @@ cdef extern from "lanes.h" nogil:
     float vmaximum(V a) noexcept
 
 cdef extern from "elementary.h" nogil:
+    const float EXP_LOW
+    const float EXP_HIGH
+    void vexp_within(V *y, const V *x, int n) noexcept
+    void vexp_of_negative(V *y, const V *x, int n) noexcept
     V vexp(V x) noexcept
     V vlog(V x) noexcept
 

@@ -100,20 +100,29 @@ cdef void layernorm_backward(float *dx, float *dgamma, float *dbeta, const float
 # slope = dy/dx = s + s * (1 - s) * x * 2 dz/dx, kept for the backward pass; s * (1 - s) is 0 long before x^2 reaches the
 # limit that keeps dz finite
 cdef void gelu_forward(float *y, float *slope, const float *x, int64_t n) noexcept nogil:
-    cdef int64_t i
-    cdef V u, q, z, s, dz
-    cdef V one = vset(1.0), limit = vset(1e30)
+    cdef int64_t i = 0, j
+    cdef int w
+    cdef V[ABREAST] u, z, e, dz
+    cdef V s, q
+    cdef V one = vset(1.0), limit = vset(1e30), low = vset(EXP_LOW), high = vset(EXP_HIGH)
     cdef V k0 = vset(1.5957691216057308)                 # 2 sqrt(2/pi)
     cdef V k1 = vset(0.044715)
     cdef V k3 = vset(0.134145)                           # 3 * 0.044715
-    for i in range(0, n, 16):
-        u = vload_n(x + i, n - i)
-        q = vmin(limit, vmul(u, u))                      # NaN stays: vmin returns its second argument then
-        z = vmul(k0, vmul(u, vfma(k1, q, one)))
-        s = vdiv(one, vadd(one, vexp(vsub(vzero(), z))))
-        dz = vmul(k0, vfma(k3, q, one))
-        vstore_n(y + i, vmul(u, s), n - i)
-        vstore_n(slope + i, vfma(vmul(vmul(s, vsub(one, s)), u), dz, s), n - i)
+    while i < n:
+        for w in range(ABREAST):
+            j = i + 16 * w
+            u[w] = vload_n(x + j, n - j)
+            q = vmin(limit, vmul(u[w], u[w]))            # NaN stays: vmin returns its second argument then
+            z[w] = vsub(vzero(), vmul(k0, vmul(u[w], vfma(k1, q, one))))
+            dz[w] = vmul(k0, vfma(k3, q, one))
+            e[w] = vmax(low, vmin(high, z[w]))
+        vexp_within(e, e, ABREAST)                       # below EXP_LOW it adds nothing to 1; NaN is in u
+        for w in range(ABREAST):
+            j = i + 16 * w
+            s = vdiv(one, vadd(one, vselect_gt(z[w], high, vset(INFINITY), e[w])))
+            vstore_n(y + j, vmul(u[w], s), n - j)
+            vstore_n(slope + j, vfma(vmul(vmul(s, vsub(one, s)), u[w]), dz[w], s), n - j)
+        i += 16 * ABREAST
 
 
 # dx = dy * slope

@@ -4,58 +4,65 @@
 # head and the checkpoint that opens in PyTorch.
 
 
+cdef struct Panels:                                      # the right-hand side of a product: b[depth, columns]
+    const float *first
+    int64_t columns
+    int64_t across                                       # the panel of column j begins j * across further
+    int64_t down                                         # from one of its rows to the next; 0: its width
+
+
 cdef inline int64_t panel_width(int64_t n) noexcept nogil:
     """The width of the panel that starts n columns before the edge: a full one, or 16 where that is enough."""
     return 16 if n <= 16 else PANEL
 
 
-cdef void pack_right(float *right, const float *b, int64_t ldb, bint transposed, int64_t N, int64_t depth) noexcept nogil:
-    """b[depth, N] in panels, one after the other: the one of column j starts at j * depth."""
+cdef inline Panels standing(const float *b, int64_t ldb, int64_t N) noexcept nogil:
+    """b[depth, N] as it stands, for N whole panels or vectors."""
+    return Panels(b, N, 1, ldb)
+
+
+cdef Panels packed(float *memory, const float *b, int64_t ldb, bint transposed, int64_t N, int64_t depth) noexcept nogil:
+    """b[depth, N] written to memory, row behind row and panel behind panel."""
     cdef int64_t j = 0, width
     while j < N:
         width = panel_width(N - j)
         if transposed:
-            pack_columns(right + j * depth, width, b + j * ldb, ldb, depth, min(width, N - j))
+            pack_columns(memory + j * depth, width, b + j * ldb, ldb, depth, min(width, N - j))
         else:
-            pack_rows(right + j * depth, width, b + j, ldb, depth, min(width, N - j))
+            pack_rows(memory + j * depth, width, b + j, ldb, depth, min(width, N - j))
         j += width
+    return Panels(memory, N, depth, 0)
 
 
-cdef void multiply_panels(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, int64_t tile_step,
-                          const float *right, int64_t across, int64_t down, int64_t M, int64_t N, int64_t depth,
-                          bint accumulate, const float *bias) noexcept nogil:
-    """c[M, N] = a . right (+ c) (+ bias) for at most DEPTH values of k; each tile of a stands tile_step from the last.
-
-    The panel of column j begins at j * across, its rows are `down` apart (0: one right behind the other)."""
+cdef void multiply(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, int64_t tile_step, Panels b, int64_t M,
+                   int64_t depth, bint accumulate, const float *bias) noexcept nogil:
+    """c[M, columns] = a . b (+ c) (+ bias) for at most DEPTH values of k; each tile of a stands tile_step from the last."""
     cdef int64_t j = 0, m, width
     cdef const float *rows
-    while j < N:
-        width = panel_width(N - j)
+    while j < b.columns:
+        width = panel_width(b.columns - j)
         m = 0
         rows = a
         while m < M:
             if M - m >= TILE_ROWS:
                 prefetch_rows(c + m * ldc + j, ldc)
-            tile(<int>min(<int64_t>TILE_ROWS, M - m), depth, rows, row, step, right + j * across,
-                 down if down else width, c + m * ldc + j, ldc, accumulate, bias + j if bias != NULL else NULL, min(width, N - j))
+            tile(<int>min(<int64_t>TILE_ROWS, M - m), depth, rows, row, step, b.first + j * b.across,
+                 b.down if b.down else width, c + m * ldc + j, ldc, accumulate, bias + j if bias != NULL else NULL,
+                 min(width, b.columns - j))
             m += TILE_ROWS
             rows += tile_step
         j += width
 
 
-cdef void multiply(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, const float *right, int64_t M,
-                   int64_t N, int64_t depth, bint accumulate, const float *bias, bint large, float *scratch) noexcept nogil:
-    """The same, with the tiles of a large a packed first, BLOCK_TILES at a time for all panels: the block then stays in
-    the second-level cache (Goto & van de Geijn, ACM TOMS 34, 2008). No bit depends on it."""
+cdef void multiply_large(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, Panels b, int64_t M, int64_t depth,
+                         bint accumulate, const float *bias, float *scratch) noexcept nogil:
+    """The same, with the tiles of a packed first, BLOCK_TILES at a time for all panels: the block then stays in the
+    second-level cache (Goto & van de Geijn, ACM TOMS 34, 2008). No bit depends on it."""
     cdef int64_t m = 0, rows
-    if not large:
-        multiply_panels(c, ldc, a, row, step, TILE_ROWS * row, right, depth, 0, M, N, depth, accumulate, bias)
-        return
     while m < M:
         rows = min(<int64_t>BLOCK_TILES * TILE_ROWS, M - m)
         pack_left(scratch, a + m * row, row, step, rows, M - m, depth)
-        multiply_panels(c + m * ldc, ldc, scratch, 1, TILE_ROWS, TILE_FLOATS(depth), right, depth, 0, rows, N, depth,
-                        accumulate, bias)
+        multiply(c + m * ldc, ldc, scratch, 1, TILE_ROWS, TILE_FLOATS(depth), b, rows, depth, accumulate, bias)
         m += rows
 
 
@@ -68,24 +75,26 @@ cdef void matmul(float *c, int64_t ldc, const float *a, int64_t row, int64_t ste
     """
     cdef float *right = scratch + BLOCK_TILES * TILE_FLOATS(DEPTH)
     # Packing a is worth its while where an element serves many columns, and a has outgrown the cache or would be read
-    # along addresses that share a set of it. Measured.
+    # along addresses that share a set of it; packing b is where a is large, its rows lie across the panels, or a panel
+    # ends in mid-vector. Measured.
     cdef bint large = N >= 96 and (M * K > 98304 or (row == 1 and step >= 512))
-    # Packing b is not, where its rows lie as the panels need them and a few tiles read them: for whole panels at least.
-    cdef int64_t direct = 0 if transposed or large else N if N % 16 == 0 else N - N % PANEL
+    cdef int64_t stands = 0 if transposed or large else N if N % 16 == 0 else N - N % PANEL
     cdef int64_t j = 0, k, n, depth
-    cdef const float *from_bias
+    cdef const float *part
+    cdef const float *add
+    cdef Panels panels
     while j < N:
-        n = min(<int64_t>BLOCK_COLUMNS, (direct if j < direct else N) - j)
+        n = stands if j < stands else min(<int64_t>BLOCK_COLUMNS, N - j)
         k = 0
         while k < K:
             depth = min(<int64_t>DEPTH, K - k)
-            from_bias = bias + j if bias != NULL and k + depth == K else NULL
-            if j < direct:
-                multiply_panels(c + j, ldc, a + k * step, row, step, TILE_ROWS * row, b + k * ldb + j, 1, ldb, M, n, depth,
-                                accumulate or k > 0, from_bias)
+            part = b + (j * ldb + k if transposed else k * ldb + j)
+            panels = standing(part, ldb, n) if j < stands else packed(right, part, ldb, transposed, n, depth)
+            add = bias + j if bias != NULL and k + depth == K else NULL
+            if large:
+                multiply_large(c + j, ldc, a + k * step, row, step, panels, M, depth, accumulate or k > 0, add, scratch)
             else:
-                pack_right(right, b + (j * ldb + k if transposed else k * ldb + j), ldb, transposed, n, depth)
-                multiply(c + j, ldc, a + k * step, row, step, right, M, n, depth, accumulate or k > 0, from_bias, large, scratch)
+                multiply(c + j, ldc, a + k * step, row, step, TILE_ROWS * row, panels, M, depth, accumulate or k > 0, add)
             k += depth
         j += n
 
