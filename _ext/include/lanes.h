@@ -164,6 +164,7 @@ INLINE V vint_to_float(V a) { EACH_LANE((float)(int32_t)float_bits(a.f[i])); }
 
 INLINE V vzero(void) { return vset(0.0f); }
 INLINE V vload_n(const float *p, int64_t n) { return n >= LANES ? vload(p) : vload_bits(lane_bits(n), p); }
+INLINE V vfirst(int64_t n, V a, V b) { return n >= LANES ? a : vselect(lane_bits(n), a, b); }  // a's first n lanes, then b's
 INLINE void vstore_n(float *p, V a, int64_t n) { if (n >= LANES) vstore(p, a); else vstore_first(p, a, n); }
 // Past the caches where that can be done: for what nobody here reads again. `vstream_end` behind the last.
 INLINE void vstream_n(float *p, V a, int64_t n) {

@@ -31,6 +31,7 @@ cdef extern from "lanes.h" nogil:
     V vmax(V a, V b) noexcept
     V vmin(V a, V b) noexcept               # b where either is NaN
     V vselect(uint32_t bits, V a, V b) noexcept
+    V vfirst(int64_t n, V a, V b) noexcept  # a's first n lanes, then b's
     V vselect_gt(V x, V y, V a, V b) noexcept
     V vswap_pairs(V a) noexcept
     uint32_t lane_bits(int64_t n) noexcept

@@ -32,7 +32,6 @@ cdef void layernorm_forward(float *y, float *mean, float *rstd, const float *x, 
                             float eps, int64_t rows, int64_t C) noexcept nogil:
     cdef int64_t i = 0, j, r
     cdef int w
-    cdef uint32_t bits
     cdef V[ABREAST] s, m, scale
     cdef const float *row[ABREAST]
     cdef V d, g, b
@@ -50,9 +49,8 @@ cdef void layernorm_forward(float *y, float *mean, float *rstd, const float *x, 
             m[w] = vset(t)
             s[w] = vzero()
         for j in range(0, C, 16):
-            bits = lane_bits(C - j)
             for w in range(ABREAST):
-                d = vselect(bits, vsub(vload_n(row[w] + j, C - j), m[w]), vzero())
+                d = vfirst(C - j, vsub(vload_n(row[w] + j, C - j), m[w]), vzero())
                 s[w] = vfma(d, d, s[w])
         for w in range(ABREAST):
             t = <float>1.0 / sqrtf(vsum(s[w]) / <float>C + eps)
@@ -91,7 +89,7 @@ cdef void layernorm_backward(float *dx, float *dgamma, float *dbeta, const float
             h = vmul(vsub(vload_n(x + j, left), vm), vr)
             t = vmul(d, vload_n(gamma + j, left))       # 0 past the edge: dy and gamma load as 0 there
             a = vadd(a, t)
-            b = vselect(lane_bits(left), vfma(t, h, b), b)
+            b = vfirst(left, vfma(t, h, b), b)
             vstore_n(dgamma + j, vfma(d, h, vload_n(dgamma + j, left)), left)
             vstore_n(dbeta + j, vadd(d, vload_n(dbeta + j, left)), left)
         mean_t = vset(vsum(a) / <float>C)

@@ -13,14 +13,14 @@ cdef void cross_entropy_forward(float *losses, float *softmax, float *log_softma
     for i in range(rows):
         m = vset(-INFINITY)
         for j in range(0, vocab, 16):
-            m = vmax(vselect(lane_bits(vocab - j), vload_n(logits + i * vocab + j, vocab - j), vset(-INFINITY)), m)
+            m = vmax(vfirst(vocab - j, vload_n(logits + i * vocab + j, vocab - j), vset(-INFINITY)), m)
         top[i] = vmaximum(m)
         m = vset(top[i])
         s = vzero()
         for j in range(0, vocab, 16):
             e = vexp(vsub(vload_n(logits + i * vocab + j, vocab - j), m))
             vstore_n(softmax + i * vocab + j, e, vocab - j)
-            s = vadd(s, vselect(lane_bits(vocab - j), e, vzero()))
+            s = vadd(s, vfirst(vocab - j, e, vzero()))
         total[i] = vsum(s)
     for i in range(rows):
         inverse = vset(<float>1.0 / total[i])
