@@ -35,10 +35,11 @@ INLINE V vexp(V x) {
 
 // y = e^x of n vectors for x <= 0, 0 below -87; NaN gives NaN, and where x is larger y means nothing.
 INLINE void vexp_of_negative(V *y, const V *x, const int n) {
-  V c[ABREAST];
+  V c[ABREAST], e[ABREAST];
   EACH(n) c[i] = vmax(vset(EXP_LOW), x[i]);
-  vexp_within(y, c, n);
-  EACH(n) y[i] = vadd(vsub(c[i], c[i]), vselect_gt(vset(EXP_LOW), x[i], vzero(), y[i]));  // 0, or NaN: cheaper than a choice
+  vexp_within(e, c, n);
+  EACH(n) e[i] = vselect_gt(vset(EXP_LOW), x[i], vzero(), e[i]);
+  EACH(n) y[i] = vadd(vsub(c[i], c[i]), e[i]);  // plus 0, or NaN: cheaper than a choice
 }
 
 // ln x for x = 0 or a normal number; at most 1.5 ulp. log 0 = -Inf, log of a negative number is NaN.

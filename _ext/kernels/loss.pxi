@@ -6,22 +6,33 @@
 cdef void cross_entropy_forward(float *losses, float *softmax, float *log_softmax, const float *logits,
                                 const int32_t *targets, const uint8_t *loss_mask, int64_t rows, int64_t vocab,
                                 float *scratch) noexcept nogil:
-    cdef int64_t i, j
+    cdef int64_t i = 0, j, r
+    cdef int w
     cdef float *top = scratch                            # scratch: 2 * rows floats
     cdef float *total = scratch + rows
-    cdef V m, s, e, inverse, shift
-    for i in range(rows):
-        m = vset(-INFINITY)
+    cdef V[ABREAST] m, s, e
+    cdef V inverse, largest, shift
+    while i < rows:                                      # ABREAST at once, beyond the last the last again
+        for w in range(ABREAST):
+            m[w] = vset(-INFINITY)
+            s[w] = vzero()
         for j in range(0, vocab, 16):
-            m = vmax(vfirst(vocab - j, vload_n(logits + i * vocab + j, vocab - j), vset(-INFINITY)), m)
-        top[i] = vmaximum(m)
-        m = vset(top[i])
-        s = vzero()
+            for w in range(ABREAST):
+                r = min(i + w, rows - 1)
+                m[w] = vmax(vfirst(vocab - j, vload_n(logits + r * vocab + j, vocab - j), vset(-INFINITY)), m[w])
+        for w in range(ABREAST):
+            top[min(i + w, rows - 1)] = vmaximum(m[w])
+            m[w] = vset(top[min(i + w, rows - 1)])
         for j in range(0, vocab, 16):
-            e = vexp(vsub(vload_n(logits + i * vocab + j, vocab - j), m))
-            vstore_n(softmax + i * vocab + j, e, vocab - j)
-            s = vadd(s, vfirst(vocab - j, e, vzero()))
-        total[i] = vsum(s)
+            for w in range(ABREAST):
+                e[w] = vsub(vload_n(logits + min(i + w, rows - 1) * vocab + j, vocab - j), m[w])
+            vexp_of_negative(e, e, ABREAST)
+            for w in range(ABREAST):
+                vstore_n(softmax + min(i + w, rows - 1) * vocab + j, e[w], vocab - j)
+                s[w] = vadd(s[w], vfirst(vocab - j, e[w], vzero()))
+        for w in range(ABREAST):
+            total[min(i + w, rows - 1)] = vsum(s[w])
+        i += ABREAST
     for i in range(rows):
         inverse = vset(<float>1.0 / total[i])
         for j in range(0, vocab, 16):
@@ -29,10 +40,10 @@ cdef void cross_entropy_forward(float *losses, float *softmax, float *log_softma
     for i in range(0, rows, 16):                         # sums to their logarithms, 16 rows at a time
         vstore_n(total + i, vlog(vload_n(total + i, rows - i)), rows - i)
     for i in range(rows):
-        m = vset(top[i])
+        largest = vset(top[i])
         shift = vset(total[i])
         for j in range(0, vocab, 16):
-            vstore_n(log_softmax + i * vocab + j, vsub(vsub(vload_n(logits + i * vocab + j, vocab - j), m), shift), vocab - j)
+            vstore_n(log_softmax + i * vocab + j, vsub(vsub(vload_n(logits + i * vocab + j, vocab - j), largest), shift), vocab - j)
         losses[i] = -log_softmax[i * vocab + targets[i]] if loss_mask[i] else <float>0.0
 
 
