@@ -55,6 +55,7 @@ INLINE V vcount_zeros(V count, V a) {  // lanes of integers: one more where a is
   __m512i n = _mm512_castps_si512(count);
   return _mm512_castsi512_ps(_mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_EQ_OQ), n, _mm512_set1_epi32(1)));
 }
+INLINE int vany(V a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ) != 0; }  // a lane that is not 0.0 or -0.0
 INLINE V vint_to_float(V a) { return _mm512_cvtepi32_ps(_mm512_castps_si512(a)); }
 INLINE __m256 vhalf_low(V a) { return _mm512_castps512_ps256(a); }
 INLINE __m256 vhalf_high(V a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
@@ -118,6 +119,10 @@ INLINE __m256 count_zeros8(__m256 count, __m256 a) {
   return as_float(_mm256_sub_epi32(as_int(count), as_int(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_EQ_OQ))));
 }
 INLINE V vcount_zeros(V count, V a) { return EACH_HALF(count_zeros8, count, a); }
+INLINE int vany(V a) {
+  const __m256 zero = _mm256_setzero_ps();
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.lo, zero, _CMP_NEQ_UQ), _mm256_cmp_ps(a.hi, zero, _CMP_NEQ_UQ))) != 0;
+}
 INLINE V vint_to_float(V a) { return BOTH(_mm256_cvtepi32_ps(as_int(a.lo)), _mm256_cvtepi32_ps(as_int(a.hi))); }
 INLINE __m256 vhalf_low(V a) { return a.lo; }
 INLINE __m256 vhalf_high(V a) { return a.hi; }
@@ -159,6 +164,10 @@ INLINE V vshift_right(V a, int n) { EACH_BITS(float_bits(a.f[i]) >> n); }
 #define VSHIFT_LEFT(a, n) vshift_left(a, n)
 #define VSHIFT_RIGHT(a, n) vshift_right(a, n)
 INLINE V vcount_zeros(V count, V a) { EACH_BITS(float_bits(count.f[i]) + (a.f[i] == 0)); }
+INLINE int vany(V a) {
+  for (int i = 0; i < LANES; i++) if (a.f[i] != 0) return 1;
+  return 0;
+}
 INLINE V vint_to_float(V a) { EACH_LANE((float)(int32_t)float_bits(a.f[i])); }
 #endif
 

@@ -34,6 +34,7 @@ cdef extern from "lanes.h" nogil:
     V vfirst(int64_t n, V a, V b) noexcept  # a's first n lanes, then b's
     V vselect_gt(V x, V y, V a, V b) noexcept
     V vswap_pairs(V a) noexcept
+    bint vany(V a) noexcept                 # whether a lane is not 0; NaN is not
     uint32_t lane_bits(int64_t n) noexcept
     float vsum(V a) noexcept
     float vmaximum(V a) noexcept

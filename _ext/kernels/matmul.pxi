@@ -34,41 +34,79 @@ cdef Panels packed(float *memory, const float *b, int64_t ldb, bint transposed, 
     return Panels(memory, N, depth, 0)
 
 
+cdef bint all_finite(Panels b, int64_t depth) noexcept nogil:
+    cdef int64_t j = 0, i, k, width
+    cdef const float *row
+    cdef V zeros = vzero()
+    while j < b.columns:
+        width = panel_width(b.columns - j)
+        for k in range(depth):
+            row = b.first + j * b.across + k * (b.down if b.down else width)
+            for i in range(0, min(width, b.columns - j), 16):
+                zeros = vfma(vload_n(row + i, 16), vzero(), zeros)  # NaN where one is NaN or Inf
+        j += width
+    return vsum(zeros) == 0
+
+
+cdef bint all_zero(const float *a, int64_t row, int64_t step, int64_t rows, int64_t depth) noexcept nogil:
+    """Whether a tile of a is nothing but zeros; of a packed one whether it is known to be."""
+    cdef int64_t i, k, n = depth
+    if step != 1:
+        if rows < TILE_ROWS:
+            return False
+        rows, n = 1, depth * TILE_ROWS
+    for i in range(rows):
+        for k in range(0, n, 16):
+            if vany(vload_n(a + i * row + k, n - k)):
+                return False
+    return True
+
+
 cdef void multiply(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, int64_t tile_step, Panels b, int64_t M,
-                   int64_t depth, bint accumulate, const float *bias) noexcept nogil:
-    """c[M, columns] = a . b (+ c) (+ bias) for at most DEPTH values of k; each tile of a stands tile_step from the last."""
-    cdef int64_t j = 0, m, width
+                   int64_t depth, bint accumulate, const float *bias, bint gaps) noexcept nogil:
+    """c[M, columns] = a . b (+ c) (+ bias) for at most DEPTH values of k; each tile of a stands tile_step from the last.
+
+    With `gaps` tiles of zeros are looked for, and left out where b is finite: their sums would be 0, to the bit.
+    """
+    cdef int64_t j = 0, m, width, height, taken
     cdef const float *rows
+    cdef int finite = -1                                 # not known yet
     while j < b.columns:
         width = panel_width(b.columns - j)
         m = 0
         rows = a
         while m < M:
-            if M - m >= TILE_ROWS:
+            height = min(<int64_t>TILE_ROWS, M - m)
+            taken = depth
+            if gaps and all_zero(rows, row, step, height, depth):
+                if finite < 0:
+                    finite = all_finite(b, depth)
+                if finite:
+                    taken = 0
+            if height == TILE_ROWS:
                 prefetch_rows(c + m * ldc + j, ldc)
-            tile(<int>min(<int64_t>TILE_ROWS, M - m), depth, rows, row, step, b.first + j * b.across,
-                 b.down if b.down else width, c + m * ldc + j, ldc, accumulate, bias + j if bias != NULL else NULL,
-                 min(width, b.columns - j))
+            tile(<int>height, taken, rows, row, step, b.first + j * b.across, b.down if b.down else width,
+                 c + m * ldc + j, ldc, accumulate, bias + j if bias != NULL else NULL, min(width, b.columns - j))
             m += TILE_ROWS
             rows += tile_step
         j += width
 
 
 cdef void multiply_large(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, Panels b, int64_t M, int64_t depth,
-                         bint accumulate, const float *bias, float *scratch) noexcept nogil:
+                         bint accumulate, const float *bias, bint gaps, float *scratch) noexcept nogil:
     """The same, with the tiles of a packed first, BLOCK_TILES at a time for all panels: the block then stays in the
     second-level cache (Goto & van de Geijn, ACM TOMS 34, 2008). No bit depends on it."""
     cdef int64_t m = 0, rows
     while m < M:
         rows = min(<int64_t>BLOCK_TILES * TILE_ROWS, M - m)
         pack_left(scratch, a + m * row, row, step, rows, M - m, depth)
-        multiply(c + m * ldc, ldc, scratch, 1, TILE_ROWS, TILE_FLOATS(depth), b, rows, depth, accumulate, bias)
+        multiply(c + m * ldc, ldc, scratch, 1, TILE_ROWS, TILE_FLOATS(depth), b, rows, depth, accumulate, bias, gaps)
         m += rows
 
 
 cdef void matmul(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, const float *b, int64_t ldb,
                  bint transposed, int64_t M, int64_t N, int64_t K, bint accumulate, const float *bias,
-                 float *scratch) noexcept nogil:
+                 bint gaps, float *scratch) noexcept nogil:
     """c[M, N] = a . b (+ c) (+ bias): a[i, k] at a[i*row + k*step]; b[k, j] at b[k*ldb + j], or b[j*ldb + k] if transposed.
 
     scratch: signatures.MATMUL_FLOATS.
@@ -92,9 +130,10 @@ cdef void matmul(float *c, int64_t ldc, const float *a, int64_t row, int64_t ste
             panels = standing(part, ldb, n) if j < stands else packed(right, part, ldb, transposed, n, depth)
             add = bias + j if bias != NULL and k + depth == K else NULL
             if large:
-                multiply_large(c + j, ldc, a + k * step, row, step, panels, M, depth, accumulate or k > 0, add, scratch)
+                multiply_large(c + j, ldc, a + k * step, row, step, panels, M, depth, accumulate or k > 0, add, gaps, scratch)
             else:
-                multiply(c + j, ldc, a + k * step, row, step, TILE_ROWS * row, panels, M, depth, accumulate or k > 0, add)
+                multiply(c + j, ldc, a + k * step, row, step, TILE_ROWS * row, panels, M, depth, accumulate or k > 0, add,
+                         gaps)
             k += depth
         j += n
 
@@ -102,19 +141,19 @@ cdef void matmul(float *c, int64_t ldc, const float *a, int64_t row, int64_t ste
 # y = x . W^T + b
 cdef void linear_forward(float *y, const float *x, const float *weight, const float *bias,
                          int64_t rows, int64_t K, int64_t N, float *scratch) noexcept nogil:
-    matmul(y, N, x, K, 1, weight, K, True, rows, N, K, False, bias, scratch)
+    matmul(y, N, x, K, 1, weight, K, True, rows, N, K, False, bias, False, scratch)
 
 
-# dx (+)= dy . W
+# dx (+)= dy . W; dy is 0 where the input was padding
 cdef void linear_backward_input(float *dx, const float *dy, const float *weight, int64_t rows, int64_t K, int64_t N,
                                 bint accumulate, float *scratch) noexcept nogil:
-    matmul(dx, K, dy, N, 1, weight, K, False, rows, K, N, accumulate, NULL, scratch)
+    matmul(dx, K, dy, N, 1, weight, K, False, rows, K, N, accumulate, NULL, True, scratch)
 
 
 # dW = dy^T . x, the columns lo..hi-1 of it
 cdef void linear_backward_weight(float *dweight, const float *dy, const float *x, int64_t rows, int64_t K, int64_t N,
                                  int64_t lo, int64_t hi, float *scratch) noexcept nogil:
-    matmul(dweight + lo, K, dy, 1, N, x + lo, K, False, N, hi - lo, rows, False, NULL, scratch)
+    matmul(dweight + lo, K, dy, 1, N, x + lo, K, False, N, hi - lo, rows, False, NULL, False, scratch)
 
 
 # db = sum of dy over the rows: here the sum of one sequence, row after row; sum_sequences adds the sequences
