@@ -1,7 +1,7 @@
 from collections.abc import Callable
 from typing import Any, Self
 
-from numpy import float32, int32
+from numpy import bool_, float32, int32, uint8
 from numpy.typing import NDArray
 from typing_extensions import disjoint_base
 
@@ -62,6 +62,19 @@ class Environment:
     def __enter__(self) -> None: ...
     def __exit__(self, *error: object) -> None: ...
 
-def load_tokens(out: NDArray[int32], tokens: NDArray[int32], limit: int) -> int: ...
+@disjoint_base
+class Inputs:
+    def __init__(
+        self,
+        tokens: NDArray[int32],
+        targets: NDArray[int32],
+        attn_pad_mask: NDArray[uint8],
+        loss_mask: NDArray[uint8],
+        limit: int,
+    ) -> None: ...
+    def load(
+        self, tokens: NDArray[int32], targets: NDArray[int32], attn_pad_mask: NDArray[bool_], loss_mask: NDArray[bool_]
+    ) -> int: ...
+
 def normal(out: NDArray[float32], std: float, seed: int, purpose: int, step: int, site: int) -> None: ...
 def statistics(x: NDArray[Any], measure: int) -> _Told: ...

@@ -4,10 +4,11 @@ A program is a list of operations, each a kernel with its arguments already chec
 a single call without the GIL: no Python object is touched, nothing is allocated.
 """
 
+from cpython.buffer cimport Py_buffer, PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBuffer_Release, PyObject_GetBuffer
 from libc.math cimport frexp, sqrt
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
@@ -195,18 +196,58 @@ cdef class Environment:
         fpenv_set(self.old)
 
 
-def load_tokens(int32_t[:, ::1] out, const int32_t[:, ::1] tokens, int32_t limit) -> int:
-    """Copy tokens; the flat index of the first one outside 0..limit-1, or -1."""
-    cdef int64_t i, n = out.shape[0] * out.shape[1]
-    cdef const int32_t *source = &tokens[0, 0]
-    cdef int32_t *target = &out[0, 0]
-    if tokens.shape[0] != out.shape[0] or tokens.shape[1] != out.shape[1]:
-        raise ValueError(f"expected shape {(out.shape[0], out.shape[1])}, got {(tokens.shape[0], tokens.shape[1])}")
-    for i in range(n):
-        if <uint32_t>source[i] >= <uint32_t>limit:
-            return i
-        target[i] = source[i]
-    return -1
+cdef bint borrowed(Py_buffer *view, x, char kind, int64_t B, int64_t T) noexcept:
+    """Whether x is a C-contiguous (B, T) of this kind (of struct's letters): then `view` is to be released."""
+    try:
+        PyObject_GetBuffer(x, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
+    except (TypeError, ValueError, BufferError):
+        return False
+    if view.ndim == 2 and view.shape[0] == B and view.shape[1] == T and view.format[0] == kind and view.format[1] == 0:
+        return True
+    PyBuffer_Release(view)
+    return False
+
+
+cdef class Inputs:
+    """Where a pass reads its batch, all (B, T): tokens and targets int32 below ``limit``, two masks uint8."""
+
+    cdef int32_t[:, ::1] tokens
+    cdef int32_t[:, ::1] targets
+    cdef uint8_t[:, ::1] attn_pad_mask
+    cdef uint8_t[:, ::1] loss_mask
+    cdef int32_t limit
+
+    def __init__(self, tokens, targets, attn_pad_mask, loss_mask, int32_t limit):
+        self.tokens, self.targets, self.attn_pad_mask, self.loss_mask = tokens, targets, attn_pad_mask, loss_mask
+        self.limit = limit
+
+    def load(self, tokens, targets, attn_pad_mask, loss_mask) -> int:
+        """Copy a batch, int32 and bool: -1. Nothing is copied where it is no good: at a token out of range its flat index,
+        those of targets behind those of tokens; -2 where an array is of another type, shape or layout."""
+        cdef int64_t B = self.tokens.shape[0], T = self.tokens.shape[1], n = B * T, i
+        cdef Py_buffer view[4]
+        cdef int k, held = 0
+        cdef int64_t found = -2
+        cdef const int32_t *source
+        for x in (tokens, targets, attn_pad_mask, loss_mask):
+            if not borrowed(&view[held], x, c'i' if held < 2 else c'?', B, T):
+                break
+            held += 1
+        if held == 4:
+            found = -1
+            for k in range(2):
+                source = <const int32_t *>view[k].buf
+                for i in range(n):
+                    if found < 0 and <uint32_t>source[i] >= <uint32_t>self.limit:
+                        found = k * n + i
+        if found == -1:
+            memcpy(&self.tokens[0, 0], view[0].buf, n * sizeof(int32_t))
+            memcpy(&self.targets[0, 0], view[1].buf, n * sizeof(int32_t))
+            memcpy(&self.attn_pad_mask[0, 0], view[2].buf, n)
+            memcpy(&self.loss_mask[0, 0], view[3].buf, n)
+        for k in range(held):
+            PyBuffer_Release(&view[k])
+        return found
 
 
 # exp, log, sin and cos in double, from + - * / and sqrt alone, for what is computed once: the initial weights.

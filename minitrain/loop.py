@@ -85,12 +85,12 @@ def train_step(
     """Turn state t into state t+1, in place."""
     step = model.step = scheduler.step_count
     settings = maybe_inject("optimizer", step, optimizer.config, injector)
-    with Environment(), optimizer.using(settings):  # for Python's own doubles; the engine sees to its threads itself
+    with Environment():  # for Python's own doubles; the engine sees to its threads itself
         _, loss = model.forward(batch.inputs, batch.targets, batch.attn_pad_mask, batch.loss_mask)
         grads = maybe_inject("gradients", step, model.backward(), injector)
-        norms = optimizer.clip(model.params, grads)  # finiteness is known here, before the update
+        norms = optimizer.clip(model.params, grads, settings)  # finiteness is known here, before the update
         optimizer.lr = maybe_inject("lr", step, scheduler.lr, injector)
-        optimizer.update(model.params, grads)
+        optimizer.update(model.params, grads, settings)
         scheduler.step()
         if injector:
             m, v = optimizer.bind(model.params, grads)

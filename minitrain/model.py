@@ -18,6 +18,8 @@ from minitrain.sections import ModelConfig
 from minitrain.tensors import Tensors, parameter_table, sites
 
 INIT_STD = 0.02
+UNFIT = -2
+"""What `Inputs.load` says of arrays that it does not take."""
 
 Array = NDArray[Any]
 
@@ -116,25 +118,17 @@ class MiniGPT:
         is a real token, and where the target counts. ``training`` applies dropout, drawn for ``self.step``, and shows
         the sites to ``self.hooks``. The loss of an empty mask is NaN. Raises KernelArgumentError and DataError.
         """
-        self._check("input", input, np.int32, None)
-        for name, array, dtype in (
-            ("target", target, np.int32),
-            ("attn_pad_mask", attn_pad_mask, np.bool_),
-            ("loss_mask", loss_mask, np.bool_),
-        ):
-            self._check(name, array, dtype, input.shape)
         self._refuse_reentry()
-        self._last, self._trained = None, False  # until this pass is through
-        work = self._work = self.passes(*input.shape)
-        for name, array, mine in (("input", input, work.tokens), ("target", target, work.targets)):
-            bad = engine.load_tokens(mine, array, self.config.vocab_size)
-            if bad >= 0:
-                raise DataError(
-                    f"{name}: expected token ids 0 to {self.config.vocab_size - 1}, got {array.flat[bad]} "
-                    f"at {tuple(int(i) for i in np.unravel_index(bad, array.shape))}"
-                )
-        np.copyto(work.attn_pad_mask, attn_pad_mask.view(np.uint8))
-        np.copyto(work.loss_mask, loss_mask.view(np.uint8))
+        batch = (input, target, attn_pad_mask, loss_mask)
+        work = self._passes.get(getattr(input, "shape", (0, 0)))
+        bad = work.inputs.load(*batch) if work else UNFIT
+        if not work or bad == UNFIT:  # the first of its shape, or no good
+            self._check(*batch)
+            work = self.passes(*input.shape)
+            bad = work.inputs.load(*batch)
+        self._work, self._last, self._trained = work, None, False  # until this pass is through
+        if bad >= 0:
+            self._refuse_token(*divmod(bad, input.size), batch)
         self._key[2] = self.step
         self._run(work.training if training else work.evaluation, self.hooks if training else None)
         self._last, self._trained = work, training
@@ -159,18 +153,29 @@ class MiniGPT:
         finally:
             self._running = False
 
+    def _refuse_token(self, which: int, place: int, batch: tuple[Array, ...]) -> None:
+        name, array, last = ("input", "target")[which], batch[which], self.config.vocab_size - 1
+        at = tuple(int(i) for i in np.unravel_index(place, array.shape))
+        raise DataError(f"{name}: expected token ids 0 to {last}, got {array.flat[place]} at {at}")
+
     @staticmethod
-    def _check(name: str, array: Array, dtype: type[Any], shape: tuple[int, ...] | None) -> None:
-        """The border of the model: same rules as the kernels'."""
+    def _check(input: Array, target: Array, attn_pad_mask: Array, loss_mask: Array) -> None:
+        """The border of the model: same rules as the kernels'. Raises KernelArgumentError."""
 
-        def refuse(expected: object, got: object) -> None:
-            raise KernelArgumentError(f"forward: argument {name}: expected {expected}, got {got}")
+        def check(name: str, array: Array, dtype: type[Any], shape: tuple[int, ...] | None) -> None:
+            def refuse(expected: object, got: object) -> None:
+                raise KernelArgumentError(f"forward: argument {name}: expected {expected}, got {got}")
 
-        if not isinstance(array, np.ndarray):
-            refuse(f"a NumPy array of {np.dtype(dtype)}", type(array).__name__)
-        if array.dtype != dtype:
-            refuse(f"dtype {np.dtype(dtype)}", f"dtype {array.dtype}")
-        if array.ndim != 2 or 0 in array.shape or (shape is not None and array.shape != shape):
-            refuse(f"shape {shape or '(B, T)'}", f"shape {array.shape}")
-        if not array.flags.c_contiguous:
-            refuse("a C-contiguous array", f"strides {array.strides} for shape {array.shape}")
+            if not isinstance(array, np.ndarray):
+                refuse(f"a NumPy array of {np.dtype(dtype)}", type(array).__name__)
+            if array.dtype != dtype:
+                refuse(f"dtype {np.dtype(dtype)}", f"dtype {array.dtype}")
+            if array.ndim != 2 or 0 in array.shape or (shape is not None and array.shape != shape):
+                refuse(f"shape {shape or '(B, T)'}", f"shape {array.shape}")
+            if not array.flags.c_contiguous:
+                refuse("a C-contiguous array", f"strides {array.strides} for shape {array.shape}")
+
+        check("input", input, np.int32, None)
+        check("target", target, np.int32, input.shape)
+        check("attn_pad_mask", attn_pad_mask, np.bool_, input.shape)
+        check("loss_mask", loss_mask, np.bool_, input.shape)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -147,31 +146,23 @@ class AdamW:
         """What a step with clipping runs, in order; for measuring it."""
         return [self._norm.plan, self._scale, self._adamw]
 
-    @contextmanager
-    def using(self, config: OptimizerConfig) -> Iterator[None]:
-        """Go by this configuration inside the ``with`` block."""
-        own, self.config = self.config, config
-        try:
-            yield
-        finally:
-            self.config = own
-
-    def clip(self, params: Tensors, grads: Tensors) -> Norms:
+    def clip(self, params: Tensors, grads: Tensors, config: OptimizerConfig | None = None) -> Norms:
         """Clip in place: elements to +-clip_value, then the whole to norm clip, by min(1, clip / (norm + 1e-12)).
 
         ``before`` is the norm of the gradients as they came, ``after`` of what they became. ``clip_value`` cuts Inf off
         and leaves NaN. A norm that is not finite scales nothing: that would spread one NaN over all gradients, and the
         evidence would be gone. (Squares are summed in float32: a gradient above 1.8e19 overflows, below 1e-23 it
-        counts as 0.)
+        counts as 0.) ``config`` is what this update goes by, where it is another.
         """
+        by = config or self.config
         self.bind(params, grads)
         before = norm = self._norm()
-        if self.config.clip_value is not None:
-            self._limit[0] = self.config.clip_value
+        if by.clip_value is not None:
+            self._limit[0] = by.clip_value
             self._clamp.run()
             norm = self._norm()
-        if self.config.clip is not None and math.isfinite(norm):
-            factor = self.config.clip / (norm + 1e-12)
+        if by.clip is not None and math.isfinite(norm):
+            factor = by.clip / (norm + 1e-12)
             if factor < 1:
                 self._factor[0] = factor
                 self._scale.run()
@@ -183,8 +174,11 @@ class AdamW:
             self._clipped.run(self.hooks)
         return self.norms
 
-    def update(self, params: Tensors, grads: Tensors) -> None:
-        """One AdamW update in place with ``self.lr``; t counts from 1. Its results are left in ``copy_to`` as well."""
+    def update(self, params: Tensors, grads: Tensors, config: OptimizerConfig | None = None) -> None:
+        """One AdamW update in place with ``self.lr``; t counts from 1. Its results are left in ``copy_to`` as well.
+
+        ``config`` as for `clip`.
+        """
         m, v = self.bind(params, grads)
         plan, copy, self.copy_to = self._adamw, self.copy_to, None
         if copy is not None:
@@ -195,7 +189,7 @@ class AdamW:
         if self._own_hooks:
             self.hooks.step = self.updates
         self.updates += 1
-        self._hyper[:] = hyper_row(self.config, self.lr, self.updates)
+        self._hyper[:] = hyper_row(config or self.config, self.lr, self.updates)
         plan.run(self.hooks)
 
     def stop_copying(self) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minitrain import elementary
+from minitrain._ext.engine import Inputs
 from minitrain._ext.plan import Backend, Plan
 from minitrain.sections import ModelConfig
 from minitrain.tensors import Tensors, activation_table, gradient_table, zeros
@@ -46,6 +47,7 @@ class Passes:
     ) -> None:
         self.tokens, self.targets = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
         self.attn_pad_mask, self.loss_mask = np.ones((B, T), np.uint8), np.ones((B, T), np.uint8)
+        self.inputs = Inputs(self.tokens, self.targets, self.attn_pad_mask, self.loss_mask, c.vocab_size)
         self.loss = np.zeros(3)  # mean, sum, number of tokens
         self.arrays: dict[str, Array] = {a.name: zeros(*a.shape) for a in activation_table(c, B, T)}
         self._c, self._backend, self._key, self._shape = c, backend, key, (B, T)
