@@ -4,8 +4,9 @@
 a letter stands for the same size wherever a line uses it. ``split`` says what threads share out:
 
 * ``sequence`` - sequences of the batch (dimension B): all work on activations;
-* ``columns`` - groups of 16 columns of the first output: all work on parameters' gradients. Operations that follow
-  each other with this split must not read what another of them writes, unless the columns are the same;
+* ``strips`` - 16 columns of the first output each, or 16 rows where it has more of these (so that threads read less of
+  what others have in their caches): all work on parameters' gradients. Operations that follow each other with this
+  split must not read what another of them writes, unless the strips are the same;
 * ``blocks`` - blocks of 4096 elements, ``elements`` - groups of 16: work on the flat buffers;
 * ``none`` - one thread.
 
@@ -27,7 +28,7 @@ from minitrain.errors import KernelArgumentError
 NUMERICS_VERSION = 1
 """Raised by every change that moves a bit of a run (CHANGELOG.md says which)."""
 
-SPLITS = ("none", "sequence", "columns", "blocks", "elements")
+SPLITS = ("none", "sequence", "strips", "blocks", "elements")
 MATMUL_FLOATS = 16 * (256 * 8 + 16) + 1024 * 256
 """Scratch of a matrix product: a packed block of the left-hand side and packed columns of the right (include/tile.h:
 BLOCK_TILES * TILE_FLOATS(DEPTH) + BLOCK_COLUMNS * DEPTH, with the larger of the two TILE_ROWS)."""
@@ -114,7 +115,9 @@ class Signature:
             return sizes["B"]
         if self.split == "blocks":
             return -(-sizes["P"] // 4096)
-        return -(-sizes["P" if self.split == "elements" else self.arrays[0].dims[-1]] // 16)
+        if self.split == "elements":
+            return -(-sizes["P"] // 16)
+        return -(-max(sizes[d] for d in self.arrays[0].dims) // 16)
 
 
 _ARRAY = re.compile(r"(\w+)\[([\w,]+)\](?::(\w+))?(\?)?")
@@ -159,11 +162,11 @@ SIGNATURES: dict[str, Signature] = {
             "sequence",
             lambda _: MATMUL_FLOATS,
         ),
-        _signature("linear_backward_weight", "dweight[N,K]; dy[B,T,N], x[B,T,K]", "columns", lambda _: MATMUL_FLOATS),
+        _signature("linear_backward_weight", "dweight[N,K]; dy[B,T,N], x[B,T,K]", "strips", lambda _: MATMUL_FLOATS),
         _signature("bias_backward", "dbias[B,N]; dy[B,T,N]", "sequence"),
-        _signature("sum_sequences", "total[N]; partial[B,N]", "columns"),
+        _signature("sum_sequences", "total[N]; partial[B,N]", "strips"),
         _signature("embedding_forward", "x[B,T,C]; tokens[B,T]:i4, weight[V,C]", "sequence"),
-        _signature("embedding_backward", "dweight[V,C]; tokens[B,T]:i4, dx[B,T,C]; accumulate", "columns"),
+        _signature("embedding_backward", "dweight[V,C]; tokens[B,T]:i4, dx[B,T,C]; accumulate", "strips"),
         _signature("layernorm_forward", "y[B,T,C], mean[B,T], rstd[B,T]; x[B,T,C], gamma[C], beta[C]; eps", "sequence"),
         _signature(
             "layernorm_backward",

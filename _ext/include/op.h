@@ -8,7 +8,7 @@
 #define OP_ARRAYS 12
 #define OP_SIZES 6
 #define OP_NUMBERS 4
-#define SPLIT_COLUMNS 2  // signatures.SPLITS
+#define SPLIT_STRIPS 2  // signatures.SPLITS
 struct Op;
 typedef void (*Kernel)(const struct Op *, int64_t lo, int64_t hi, float *scratch);
 typedef struct Op {
@@ -16,7 +16,7 @@ typedef struct Op {
   void *array[OP_ARRAYS];      // outputs, then inputs; a missing optional array is NULL
   int64_t size[OP_SIZES];      // the dimensions, in the order in which the signature first names them
   double number[OP_NUMBERS];   // scalar arguments
-  int64_t units;               // what threads share out: sequences, groups of 16 columns, blocks
+  int64_t units;               // what threads share out: sequences, strips, blocks
   int32_t split;               // which of those; a change of split between two operations is a barrier
 } Op;
 #endif

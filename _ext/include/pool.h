@@ -98,9 +98,9 @@ static inline void pool_barrier(Pool *pool) {
   }
 }
 
-// whether what a thread reads of the operation before can only be what it wrote itself (or, for columns, is not read)
+// whether what a thread reads of the operation before can only be what it wrote itself (or, for strips, is not read)
 static inline int same_shares(const Op *op, const Op *before) {
-  return op->split == before->split && (op->split == SPLIT_COLUMNS || op->units == before->units);
+  return op->split == before->split && (op->split == SPLIT_STRIPS || op->units == before->units);
 }
 
 static inline void pool_share(Pool *pool, int id) {

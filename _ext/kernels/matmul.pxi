@@ -4,6 +4,17 @@
 # head and the checkpoint that opens in PyTorch.
 
 
+cdef struct Strip:                                       # a share of a parameter's gradient
+    int64_t row0, row1, column0, column1
+
+
+cdef inline Strip strip(int64_t rows, int64_t columns, int64_t lo, int64_t hi) noexcept nogil:
+    """The units lo..hi-1 of an array [rows, columns] (split "strips" of signatures.py)."""
+    if rows > columns:
+        return Strip(16 * lo, min(16 * hi, rows), 0, columns)
+    return Strip(0, rows, 16 * lo, min(16 * hi, columns))
+
+
 cdef struct Panels:                                      # the right-hand side of a product: b[depth, columns]
     const float *first
     int64_t columns
@@ -150,10 +161,11 @@ cdef void linear_backward_input(float *dx, const float *dy, const float *weight,
     matmul(dx, K, dy, N, 1, weight, K, False, rows, K, N, accumulate, NULL, True, scratch)
 
 
-# dW = dy^T . x, the columns lo..hi-1 of it
+# dW = dy^T . x, a strip of it
 cdef void linear_backward_weight(float *dweight, const float *dy, const float *x, int64_t rows, int64_t K, int64_t N,
-                                 int64_t lo, int64_t hi, float *scratch) noexcept nogil:
-    matmul(dweight + lo, K, dy, 1, N, x + lo, K, False, N, hi - lo, rows, False, NULL, False, scratch)
+                                 Strip s, float *scratch) noexcept nogil:
+    matmul(dweight + s.row0 * K + s.column0, K, dy + s.row0, 1, N, x + s.column0, K, False, s.row1 - s.row0,
+           s.column1 - s.column0, rows, False, NULL, False, scratch)
 
 
 # db = sum of dy over the rows: here the sum of one sequence, row after row; sum_sequences adds the sequences
