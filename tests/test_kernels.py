@@ -181,45 +181,6 @@ def test_a_checksum_shows_one_change(kernels, isa_backend, data, seed):
     assert (before != after).tolist() == [k == which for k in range(3)]
 
 
-LARGE = {  # B, T, N, K past the point where the left-hand side is packed, odd in every direction
-    "linear_forward": dict(B=3, T=131, N=1061, K=277),
-    "linear_backward_input": dict(B=3, T=131, K=101, N=523),
-    "linear_backward_weight": dict(B=3, T=101, N=521, K=103),
-}
-
-
-@pytest.mark.parametrize("kernel", LARGE)
-def test_large_products_are_small_ones(kernel, kernels, backends):
-    """A product that is done block by block has the bits of the same product done in pieces of up to 90 rows and
-    columns, which are too small for blocks: on every instruction set and thread count."""
-    sizes = LARGE[kernel]
-    arguments = kernels.arguments(kernel, sizes, np.random.default_rng(0))
-    if kernel != "linear_backward_weight":
-        arguments[-1] = np.arange(sizes["N"], dtype=np.float32) if kernel == "linear_forward" else 1
-    if kernel == "linear_backward_input":
-        arguments[0][...] = 0.5
-
-    def cut(array: np.ndarray, axis: int, low: int, high: int) -> np.ndarray:
-        return np.ascontiguousarray(array[(slice(None),) * axis + (slice(low, high),)])
-
-    expected = np.empty_like(arguments[0])
-    columns = expected.shape[-1]
-    for low in range(0, columns, 90):
-        high = min(low + 90, columns)
-        out, left, right, *rest = (a.copy() if isinstance(a, np.ndarray) else a for a in arguments)
-        axis = 0 if kernel == "linear_forward" else right.ndim - 1  # where the columns stand in the right-hand side
-        right = cut(right, axis, low, high)
-        if kernel == "linear_forward":
-            rest = [cut(rest[0], 0, low, high)]
-        piece = [cut(out, out.ndim - 1, low, high), left, right, *rest]
-        expected[..., low:high] = kernels.run(backends[engine.instruction_sets()[0], 1], kernel, piece)[
-            SIGNATURES[kernel].arrays[0].name
-        ]
-    for key, backend in backends.items():
-        (actual,) = kernels.run(backend, kernel, arguments).values()
-        assert np.array_equal(actual.view(np.uint32), expected.view(np.uint32)), key
-
-
 def test_attention_leaves_what_is_masked(kernels, isa_backend):
     """Scores past the block of 16 queries are neither computed, read nor written: NaN may stand there."""
     sizes = {"B": 2, "T": 53, "C": 24, "H": 2}

@@ -62,14 +62,15 @@ SIZES = {
     size.name: size
     for size in (
         Size("default", "Default", _shape(2, 64, 4, 256, 64, 32), 8, 50, 350, (1, 2), 500, 20),
+        Size("full", "Default without padding", _shape(2, 64, 4, 256, 64, 32), 8, 50, 350, (1, 2)),
         Size("vocab512", "Default with vocabulary 512", _shape(2, 64, 4, 256, 512, 32), 8, 50, 350, (1,)),
         Size("odd", "Odd: width 60, 31 positions, batch 7", _shape(2, 60, 3, 240, 64, 31), 7, 50, 350, (1,)),
         Size("M", "M", _shape(4, 256, 8, 1024, 512, 128), 16, 3, 8, (1, 2), 10, 3),
         Size("L", "L", _shape(6, 768, 12, 3072, 4096, 256), 4, 2, 3, (1, 2), 4, 2),
     )
 }
-ROUND_NEIGHBOUR = "default"
-"""Its speed per FLOP is the measure of ``vocab512`` and ``odd``."""
+ROUND_NEIGHBOUR = "full"
+"""Its speed per FLOP is the measure of ``vocab512`` and ``odd``, which have no padding either."""
 
 
 def write_workload(folder: Path, size: Size) -> Path:

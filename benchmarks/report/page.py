@@ -30,6 +30,9 @@ READING = """\
   then the median of the rounds: above 1 minitrain is faster.
 - *of peak*: the FLOPs of a step's matrix products over its smallest time, as a share of the fused multiply-adds that
   `peak.c` does in the same round on as many cores. Attention counts in full, padding too, backward as twice forward.
+- *Default* are the first batches of the built-in corpus, of which half is padding. minitrain leaves out what its
+  backward pass would multiply by zeros there (to the same bits), the peers do not; so *of peak* says less of it.
+  *Default without padding* is the same size with a token at every position, as are all other sizes.
 - *import* is what a fresh process needs to import the side, *first step* its first call, compilation included (with an
   empty cache; in brackets with a full one where that differs). *memory* is the peak of the process.
 - *loss* and *norm* (of the gradients, before clipping) are those of the last step: equal to rounding, if all compute

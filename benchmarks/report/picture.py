@@ -9,7 +9,7 @@ from sides import PEERS
 from report.bars import LEADS
 from report.results import Race, Tree
 
-SHOWN = ("default", "M", "L")
+SHOWN = ("default", "full", "M", "L")
 ONE, TWO, BAR = "#0072B2", "#D55E00", "#000000"
 """Okabe and Ito's colours, which colour-blind eyes tell apart; shapes tell them apart in grey."""
 THREADS = {1: "1 thread", 2: "2 threads"}
