@@ -170,19 +170,12 @@ cdef void linear_backward_weight(float *dweight, const float *dy, const float *x
 
 # db = sum of dy over the rows: here the sum of one sequence, row after row; sum_sequences adds the sequences
 cdef void bias_backward(float *dbias, const float *dy, int64_t rows, int64_t N) noexcept nogil:
-    cdef int64_t i, j = 0, left
-    cdef int w
-    cdef V[ABREAST] s
-    while j < N:
-        left = N - j
-        for w in range(ABREAST):
-            s[w] = vzero()
-        for i in range(rows):
-            for w in range(ABREAST):
-                s[w] = vadd(s[w], vload_n(dy + i * N + j + 16 * w, left - 16 * w))
-        for w in range(ABREAST):
-            vstore_n(dbias + j + 16 * w, s[w], left - 16 * w)
-        j += 16 * ABREAST
+    cdef int64_t i, j
+    for j in range(0, N, 16):
+        vstore_n(dbias + j, vzero(), N - j)
+    for i in range(rows):
+        for j in range(0, N, 16):
+            vstore_n(dbias + j, vadd(vload_n(dbias + j, N - j), vload_n(dy + i * N + j, N - j)), N - j)
 
 
 # total = sum over the sequences, in order; columns lo..hi-1
