@@ -28,45 +28,32 @@ cdef void embedding_backward(float *dweight, const int32_t *tokens, const float 
 
 
 # y = (x - mean) * rstd * gamma + beta, rstd = 1 / sqrt(variance + eps), population variance in two passes
-# ABREAST rows at once; beyond the last it is the last again, which writes the same numbers.
 cdef void layernorm_forward(float *y, float *mean, float *rstd, const float *x, const float *gamma, const float *beta,
                             float eps, int64_t rows, int64_t C) noexcept nogil:
-    cdef int64_t i = 0, j, r
-    cdef int w
-    cdef V[ABREAST] s, m, scale
-    cdef const float *row[ABREAST]
-    cdef V d, g, b
-    cdef float t
-    while i < rows:
-        for w in range(ABREAST):
-            row[w] = x + min(i + w, rows - 1) * C
-            s[w] = vzero()
+    cdef int64_t i, j
+    cdef float m, r
+    cdef V s, d, vm, vr
+    for i in range(rows):
+        s = vzero()
         for j in range(0, C, 16):
-            for w in range(ABREAST):
-                s[w] = vadd(s[w], vload_n(row[w] + j, C - j))
-        for w in range(ABREAST):
-            t = vsum(s[w]) / <float>C
-            mean[min(i + w, rows - 1)] = t
-            m[w] = vset(t)
-            s[w] = vzero()
+            s = vadd(s, vload_n(x + j, C - j))
+        m = vsum(s) / <float>C
+        vm = vset(m)
+        s = vzero()
         for j in range(0, C, 16):
-            for w in range(ABREAST):
-                d = vfirst(C - j, vsub(vload_n(row[w] + j, C - j), m[w]), vzero())
-                s[w] = vfma(d, d, s[w])
-        for w in range(ABREAST):
-            t = <float>1.0 / sqrtf(vsum(s[w]) / <float>C + eps)
-            if t == 0:                                   # the variance overflowed: 0 would hide it behind beta
-                t = NAN
-            rstd[min(i + w, rows - 1)] = t
-            scale[w] = vset(t)
+            d = vfirst(C - j, vsub(vload_n(x + j, C - j), vm), vzero())
+            s = vfma(d, d, s)
+        r = <float>1.0 / sqrtf(vsum(s) / <float>C + eps)
+        if r == 0:                                       # the variance overflowed: 0 would hide it behind beta
+            r = NAN
+        vr = vset(r)
         for j in range(0, C, 16):
-            g = vload_n(gamma + j, C - j)
-            b = vload_n(beta + j, C - j)
-            for w in range(ABREAST):
-                r = min(i + w, rows - 1)
-                d = vmul(vsub(vload_n(row[w] + j, C - j), m[w]), scale[w])
-                vstore_n(y + r * C + j, vfma(d, g, b), C - j)
-        i += ABREAST
+            d = vmul(vsub(vload_n(x + j, C - j), vm), vr)
+            vstore_n(y + j, vfma(d, vload_n(gamma + j, C - j), vload_n(beta + j, C - j)), C - j)
+        mean[i] = m
+        rstd[i] = r
+        x += C
+        y += C
 
 
 # t = dy * gamma; dx = dresidual + rstd * (t - mean(t) - xhat * mean(t * xhat)), xhat = (x - mean) * rstd

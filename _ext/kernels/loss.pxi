@@ -6,33 +6,33 @@
 cdef void cross_entropy_forward(float *losses, float *softmax, float *log_softmax, const float *logits,
                                 const int32_t *targets, const uint8_t *loss_mask, int64_t rows, int64_t vocab,
                                 float *scratch) noexcept nogil:
-    cdef int64_t i = 0, j, r
+    cdef int64_t i, j
     cdef int w
     cdef float *top = scratch                            # scratch: 2 * rows floats
     cdef float *total = scratch + rows
-    cdef V[ABREAST] m, s, e
-    cdef V inverse, largest, shift
-    while i < rows:                                      # ABREAST at once, beyond the last the last again
-        for w in range(ABREAST):
-            m[w] = vset(-INFINITY)
-            s[w] = vzero()
+    cdef const float *x = logits
+    cdef float *p = softmax
+    cdef V[ABREAST] e
+    cdef V m, s, inverse, shift
+    for i in range(rows):
+        m = vset(-INFINITY)
         for j in range(0, vocab, 16):
+            m = vmax(vfirst(vocab - j, vload_n(x + j, vocab - j), vset(-INFINITY)), m)
+        top[i] = vmaximum(m)
+        m = vset(top[i])
+        s = vzero()
+        j = 0
+        while j < vocab:                                 # ABREAST vectors at once
             for w in range(ABREAST):
-                r = min(i + w, rows - 1)
-                m[w] = vmax(vfirst(vocab - j, vload_n(logits + r * vocab + j, vocab - j), vset(-INFINITY)), m[w])
-        for w in range(ABREAST):
-            top[min(i + w, rows - 1)] = vmaximum(m[w])
-            m[w] = vset(top[min(i + w, rows - 1)])
-        for j in range(0, vocab, 16):
-            for w in range(ABREAST):
-                e[w] = vsub(vload_n(logits + min(i + w, rows - 1) * vocab + j, vocab - j), m[w])
+                e[w] = vsub(vload_n(x + j + 16 * w, vocab - j - 16 * w), m)
             vexp_of_negative(e, e, ABREAST)
             for w in range(ABREAST):
-                vstore_n(softmax + min(i + w, rows - 1) * vocab + j, e[w], vocab - j)
-                s[w] = vadd(s[w], vfirst(vocab - j, e[w], vzero()))
-        for w in range(ABREAST):
-            total[min(i + w, rows - 1)] = vsum(s[w])
-        i += ABREAST
+                vstore_n(p + j + 16 * w, e[w], vocab - j - 16 * w)
+                s = vadd(s, vfirst(vocab - j - 16 * w, e[w], vzero()))
+            j += 16 * ABREAST
+        total[i] = vsum(s)
+        x += vocab
+        p += vocab
     for i in range(rows):
         inverse = vset(<float>1.0 / total[i])
         for j in range(0, vocab, 16):
@@ -40,10 +40,10 @@ cdef void cross_entropy_forward(float *losses, float *softmax, float *log_softma
     for i in range(0, rows, 16):                         # sums to their logarithms, 16 rows at a time
         vstore_n(total + i, vlog(vload_n(total + i, rows - i)), rows - i)
     for i in range(rows):
-        largest = vset(top[i])
+        m = vset(top[i])
         shift = vset(total[i])
         for j in range(0, vocab, 16):
-            vstore_n(log_softmax + i * vocab + j, vsub(vsub(vload_n(logits + i * vocab + j, vocab - j), largest), shift), vocab - j)
+            vstore_n(log_softmax + i * vocab + j, vsub(vsub(vload_n(logits + i * vocab + j, vocab - j), m), shift), vocab - j)
         losses[i] = -log_softmax[i * vocab + targets[i]] if loss_mask[i] else <float>0.0
 
 
