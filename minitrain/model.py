@@ -88,7 +88,8 @@ class MiniGPT:
         """Sum of the losses of the last forward pass and the number of tokens they are of."""
         if self._last is None:
             raise RuntimeError("loss_sum needs a forward() before it")
-        return float(self._last.loss[1]), int(self._last.loss[2])
+        _, total, tokens = self._last.loss.tolist()
+        return total, int(tokens)
 
     def activations(self) -> dict[str, Array]:
         """The arrays of the last pass, or the one that is running, by name; gradients begin with ``grad:``."""

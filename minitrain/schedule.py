@@ -14,6 +14,9 @@ from minitrain.elementary import PI, cos, power_int
 from minitrain.errors import RunError
 from minitrain.sections import OptimizerConfig, SchedulerConfig
 
+AHEAD = 32
+"""Rates that are computed at once."""
+
 
 def lr_at(step: int, optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> float:
     """The rate of step >= 0, which is update t = step + 1, with W warm-up and T total steps.
@@ -65,6 +68,9 @@ class Scheduler:
         config = config_from({"optimizer": rates, "scheduler": shape | decay}, "Scheduler(...)")
         self._optimizer, self._scheduler = config.optimizer, config.scheduler
         self.step_count = 0
+        self._rates: list[float] = []
+        """Of the steps from `_first` on: computing them in a row is cheaper than one in every step."""
+        self._first = 0
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
@@ -75,7 +81,11 @@ class Scheduler:
     @property
     def lr(self) -> float:
         """The rate of the coming step."""
-        return lr_at(self.step_count, self._optimizer, self._scheduler)
+        step = self.step_count
+        if not 0 <= step - self._first < len(self._rates):
+            self._rates = [lr_at(n, self._optimizer, self._scheduler) for n in range(step, step + AHEAD)]
+            self._first = step
+        return self._rates[step - self._first]
 
     def step(self) -> None:
         """One update has been done."""
