@@ -196,14 +196,17 @@ cdef class Environment:
         fpenv_set(self.old)
 
 
-cdef bint borrowed(Py_buffer *view, x, char kind, int64_t B, int64_t T) noexcept:
-    """Whether x is a C-contiguous (B, T) of this kind (of struct's letters): then `view` is to be released."""
+cdef bint borrowed(Py_buffer *view, x, bint mask, int64_t B, int64_t T) noexcept:
+    """Whether x is a C-contiguous (B, T) of int32, or a mask of bool: then `view` is to be released."""
+    cdef char kind                                       # a letter of struct's
     try:
         PyObject_GetBuffer(x, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
     except (TypeError, ValueError, BufferError):
         return False
-    if view.ndim == 2 and view.shape[0] == B and view.shape[1] == T and view.format[0] == kind and view.format[1] == 0:
-        return True
+    if view.ndim == 2 and view.shape[0] == B and view.shape[1] == T and view.format[1] == 0:
+        kind = view.format[0]
+        if kind == c'?' if mask else (kind == c'i' or kind == c'l') and view.itemsize == sizeof(int32_t):
+            return True
     PyBuffer_Release(view)
     return False
 
@@ -230,7 +233,7 @@ cdef class Inputs:
         cdef int64_t found = -2
         cdef const int32_t *source
         for x in (tokens, targets, attn_pad_mask, loss_mask):
-            if not borrowed(&view[held], x, c'i' if held < 2 else c'?', B, T):
+            if not borrowed(&view[held], x, held >= 2, B, T):
                 break
             held += 1
         if held == 4:

@@ -127,6 +127,7 @@ class MiniGPT:
             self._check(*batch)
             work = self.passes(*input.shape)
             bad = work.inputs.load(*batch)
+            assert bad != UNFIT
         self._work, self._last, self._trained = work, None, False  # until this pass is through
         if bad >= 0:
             self._refuse_token(*divmod(bad, input.size), batch)
