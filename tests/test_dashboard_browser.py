@@ -50,6 +50,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.get("about:blank")
+    drain(driver)  # what a browser asks for at its start is not the page's doing
     yield driver
     driver.quit()
 
@@ -96,7 +98,7 @@ def drain(browser: Any) -> tuple[list[str], list[str]]:
 def clean(browser: Any) -> None:
     errors, asked = drain(browser)
     assert errors == []
-    assert all(url.startswith(LOCAL) for url in asked)
+    assert [url for url in asked if not url.startswith(LOCAL)] == []
 
 
 def lanes(browser: Any, what: str) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def test_seven_panels_are_drawn_and_nobody_is_asked(show, run):
     errors, asked = drain(browser)
     assert errors == []
     assert asked[-1].endswith("/healthy.html")
-    assert all(url.startswith(LOCAL) for url in asked)
+    assert [url for url in asked if not url.startswith(LOCAL)] == []
 
 
 def test_pictures_have_titles_and_descriptions(show, run):
