@@ -29,6 +29,7 @@ class Program:
         numbers: list[float],
         units: int,
         split: int,
+        place: tuple[int, int, int],
         scratch: int,
     ) -> None: ...
     def run(self, first: int, last: int) -> None: ...

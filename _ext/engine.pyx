@@ -23,7 +23,9 @@ cdef extern from "op.h" nogil:
         int64_t size[6]
         double number[4]
         int64_t units
+        int64_t before, layer, each
         int32_t split
+        int32_t threads
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
@@ -142,8 +144,12 @@ cdef class Program:
     def __dealloc__(self):
         free(self.ops)
 
-    def append(self, size_t kernel, list arrays, list sizes, list numbers, int64_t units, int32_t split, int64_t scratch):
-        """Addresses of the kernel and its arrays (0 for a missing one), dimensions, scalars, and how threads share it."""
+    def append(self, size_t kernel, list arrays, list sizes, list numbers, int64_t units, int32_t split, tuple place,
+               int64_t scratch):
+        """Addresses of the kernel and its arrays (0 for a missing one), dimensions, scalars, and how threads share it.
+
+        ``place`` are elements of a layer: those before the parameter's, all, and those of a unit; zeros where it has none.
+        """
         cdef Op op
         cdef Op *grown
         if len(arrays) > OP_ARRAYS or len(sizes) > OP_SIZES or len(numbers) > OP_NUMBERS:
@@ -157,7 +163,9 @@ cdef class Program:
         for i, number in enumerate(numbers):
             op.number[i] = number
         op.units = units
+        op.before, op.layer, op.each = place
         op.split = split
+        op.threads = self.pool.threads
         self.pool.reserve(scratch)
         if self.length == self.capacity:
             grown = <Op *>realloc(self.ops, (2 * self.capacity + 16) * sizeof(Op))

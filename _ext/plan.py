@@ -22,6 +22,9 @@ from minitrain._ext import engine, reference
 from minitrain._ext.signatures import SIGNATURES, SPLITS
 from minitrain.errors import KernelArgumentError, MinitrainError
 
+Place = tuple[int, int]
+"""Of a parameter: elements of its layer that come before it, and those of the whole layer."""
+
 
 class Listeners(Protocol):
     """Who is called at sites; see minitrain.hooks."""
@@ -97,7 +100,7 @@ class CompiledProgram:
         self._address = address
         self._alive: list[Any] = []  # the program holds addresses only
 
-    def append(self, name: str, arguments: tuple[Any, ...]) -> None:
+    def append(self, name: str, arguments: tuple[Any, ...], place: Place | None = None) -> None:
         signature = SIGNATURES[name]
         sizes = signature.sizes(arguments)
         arrays = arguments[: len(signature.arrays)]
@@ -109,6 +112,7 @@ class CompiledProgram:
             list(arguments[len(signature.arrays) :]),
             signature.units(sizes),
             SPLITS.index(signature.split),
+            (*place, signature.strip(sizes)) if place else (0, 0, 0),
             signature.scratch(sizes),
         )
 
@@ -132,7 +136,7 @@ class ReferenceProgram:
         self.runner = self
         self._calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
 
-    def append(self, name: str, arguments: tuple[Any, ...]) -> None:
+    def append(self, name: str, arguments: tuple[Any, ...], place: Place | None = None) -> None:
         SIGNATURES[name].sizes(arguments, floats=self._dtype)
         self._calls.append((getattr(reference, name), arguments))
 
@@ -159,9 +163,12 @@ class Plan:
         self._roll: engine.Roll | None = None
         self._called: tuple[Listeners | None, int] = None, 0  # who is on the roll
 
-    def add(self, kernel: str, *arguments: Any) -> None:
-        """Append a kernel: arrays in the order of its signature, then numbers. Raises KernelArgumentError."""
-        self._program.append(kernel, arguments)
+    def add(self, kernel: str, *arguments: Any, place: Place | None = None) -> None:
+        """Append a kernel: arrays in the order of its signature, then numbers. Raises KernelArgumentError.
+
+        ``place`` is that of the parameter in its layer, where threads are to share the layer and not the parameter.
+        """
+        self._program.append(kernel, arguments, place)
         self.kernels.append(kernel)
 
     def site(self, name: str, tensor: NDArray[Any]) -> None:

@@ -42,7 +42,7 @@ def linear_backward_input(dx: F, dy: F, weight: F, accumulate: int) -> None:
     dx[:] = dx + dy @ weight if accumulate else dy @ weight
 
 
-def linear_backward_weight(dweight: F, dy: F, x: F) -> None:
+def linear_backward_weight(dweight: F, weight: F | None, dy: F, x: F) -> None:
     dweight[:] = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
 

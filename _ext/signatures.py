@@ -4,11 +4,13 @@
 a letter stands for the same size wherever a line uses it. ``split`` says what threads share out:
 
 * ``sequence`` - sequences of the batch (dimension B): all work on activations;
-* ``strips`` - 16 columns of the first output each, or 16 rows where it has more of these (so that threads read less of
-  what others have in their caches): all work on parameters' gradients. Operations that follow each other with this
-  split must not read what another of them writes, unless the strips are the same;
+* ``strips`` - 16 rows of the first output each: all work on parameters' gradients. Operations that follow each other
+  with this split or one of the next two must not read what another of them writes, unless the shares are the same;
 * ``blocks`` - blocks of 4096 elements, ``elements`` - groups of 16: work on the flat buffers;
 * ``none`` - one thread.
+
+``weight`` of linear_backward_weight keeps its bits, but threads take its cache lines from each other: nobody may read
+it meanwhile.
 
 Values are the caller's business: token ids within the vocabulary (MiniGPT checks them), ``offsets`` that rise to P,
 attention weights and their gradients that are 0 past the causal blocks when they are made.
@@ -16,6 +18,7 @@ attention weights and their gradients that are 0 past the causal blocks when the
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,7 +120,11 @@ class Signature:
             return -(-sizes["P"] // 4096)
         if self.split == "elements":
             return -(-sizes["P"] // 16)
-        return -(-max(sizes[d] for d in self.arrays[0].dims) // 16)
+        return -(-sizes[self.arrays[0].dims[0]] // 16)
+
+    def strip(self, sizes: Sizes) -> int:
+        """Elements of a strip."""
+        return 16 * math.prod(sizes[d] for d in self.arrays[0].dims[1:])
 
 
 _ARRAY = re.compile(r"(\w+)\[([\w,]+)\](?::(\w+))?(\?)?")
@@ -162,7 +169,12 @@ SIGNATURES: dict[str, Signature] = {
             "sequence",
             lambda _: MATMUL_FLOATS,
         ),
-        _signature("linear_backward_weight", "dweight[N,K]; dy[B,T,N], x[B,T,K]", "strips", lambda _: MATMUL_FLOATS),
+        _signature(
+            "linear_backward_weight",
+            "dweight[N,K], weight[N,K]?; dy[B,T,N], x[B,T,K]",
+            "strips",
+            lambda _: MATMUL_FLOATS,
+        ),
         _signature("bias_backward", "dbias[B,N]; dy[B,T,N]", "sequence"),
         _signature("sum_sequences", "total[N]; partial[B,N]", "strips"),
         _signature("embedding_forward", "x[B,T,C]; tokens[B,T]:i4, weight[V,C]", "sequence"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from minitrain._ext.plan import Backend, CompiledBackend, Plan
 from minitrain.hooks import Hooks
 from minitrain.sections import OptimizerConfig
 from minitrain.state import State
-from minitrain.tensors import Tensors
+from minitrain.tensors import Layer, Tensors
 
 NORM_BLOCK = 4096
 """Elements whose squares are summed in float32 lanes; the blocks' sums are added in double (square_sums, norm)."""
@@ -29,11 +30,14 @@ class Norms(NamedTuple):
 class _NormPlan:
     """sqrt(sum of squares) of one flat buffer."""
 
-    def __init__(self, backend: Backend, flat: NDArray[np.float32]) -> None:
+    def __init__(self, backend: Backend, flat: NDArray[np.float32], layers: Sequence[Layer] = ()) -> None:
+        """Threads share the ``layers`` one by one, if there are any; a block belongs to that in which it begins."""
         self._sums = np.zeros(-(-len(flat) // NORM_BLOCK))
         self._result = np.zeros(1)
         self.plan = Plan(backend)
-        self.plan.add("square_sums", self._sums, flat)
+        blocks = len(self._sums)
+        for a, b in pairwise(sorted({0, blocks, *(-(-layer.start // NORM_BLOCK) for layer in layers)})):
+            self.plan.add("square_sums", self._sums[a:b], flat[NORM_BLOCK * a : NORM_BLOCK * b])
         self.plan.add("norm", self._result, self._sums)
 
     def __call__(self) -> float:
@@ -118,24 +122,33 @@ class AdamW:
 
     def _plan(self, params: Tensors, grads: Tensors, m: Tensors, v: Tensors) -> None:
         self._factor, self._limit, self._hyper = np.zeros(1), np.zeros(1), np.zeros(6)
-        self._norm = _NormPlan(self.backend, grads.flat)
+        self._norm = _NormPlan(self.backend, grads.flat, grads.layers)
         self._clamp, self._scale = Plan(self.backend), Plan(self.backend)
         self._clamp.add("clamp", grads.flat, self._limit)
-        self._scale.add("scale", grads.flat, self._factor)
+        for layer in grads.layers:
+            self._scale.add("scale", grads.flat[layer.start : layer.end], self._factor)
         self._adamw = self._update_plan(params, grads, m, v)
         self._copying: dict[int, tuple[State, Plan]] = {}
         self._sums, self._checksum = np.zeros(3, np.uint32), Plan(self.backend)
-        self._checksum.add("checksum", self._sums, params.flat, m.flat, v.flat)
+        for layer in grads.layers:
+            part = slice(layer.start, layer.end)
+            self._checksum.add("checksum", self._sums, params.flat[part], m.flat[part], v.flat[part])
         self._clipped = Plan(self.backend)
         self._clipped.site("clip", grads.flat)
 
     def _update_plan(self, params: Tensors, grads: Tensors, m: Tensors, v: Tensors, copy: State | None = None) -> Plan:
         plan, decays = Plan(self.backend), np.array([p.decays for p in params.table], np.uint8)
-        state, rest = (params.flat, m.flat, v.flat), (grads.flat, params.offsets, decays, self._hyper)
-        if copy is None:
-            plan.add("adamw", *state, *rest)
-        else:
-            plan.add("adamw_copying", *state, copy.params.flat, copy.m.flat, copy.v.flat, self._copied, *rest)
+        for layer in params.layers:  # a thread updates what it has made the gradient of
+
+            def of(*tensors: Tensors, a: int = layer.start, b: int = layer.end) -> list[NDArray[np.float32]]:
+                return [t.flat[a:b] for t in tensors]
+
+            offsets = params.offsets[layer.first : layer.last + 1] - layer.start
+            rest = (*of(grads), offsets, decays[layer.first : layer.last], self._hyper)
+            if copy is None:
+                plan.add("adamw", *of(params, m, v), *rest)
+            else:
+                plan.add("adamw_copying", *of(params, m, v, copy.params, copy.m, copy.v), self._copied, *rest)
         for kind, tensors in ("m", m), ("v", v), ("param", params):
             for name, tensor in tensors.items():
                 plan.site(f"{kind}.{name}", tensor)

@@ -160,7 +160,7 @@ class Passes:
                 partial = self._partial(bias)
                 add("bias_backward", partial, a[dy])
                 queue.put(bias, "sum_sequences", partial)
-            queue.put(weight, "linear_backward_weight", a[dy], a[x])
+            queue.put(weight, "linear_backward_weight", p[weight], a[dy], a[x])
 
         def norm(y: str, x: str, dx: str, dresidual: str | None) -> None:
             dgamma, dbeta = self._partial(f"{y}.weight"), self._partial(f"{y}.bias")
@@ -253,6 +253,6 @@ class _Queue:
         names = [name for name in self._grads if name in self._waiting]
         for name in sorted(names, key=lambda n: n == "embed.weight"):
             for kernel, arguments in self._waiting[name]:
-                self._plan.add(kernel, self._grads[name], *arguments)
+                self._plan.add(kernel, self._grads[name], *arguments, place=self._grads.place(name))
             self._plan.site(f"grad.{name}", self._grads[name])
         self._waiting.clear()

@@ -11,6 +11,7 @@ import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -171,6 +172,17 @@ def parameter_of(site: str) -> str | None:
     return name if kind in (*KINDS, "grad") else None
 
 
+@dataclass(frozen=True)
+class Layer:
+    """Neighbours in a table: tensors first..last-1, elements start..end-1 of the flat buffer."""
+
+    name: str
+    first: int
+    last: int
+    start: int
+    end: int
+
+
 class Tensors(Mapping[str, NDArray[np.float32]]):
     """Named views into one flat float32 buffer: parameters, gradients, m or v.
 
@@ -186,6 +198,24 @@ class Tensors(Mapping[str, NDArray[np.float32]]):
         self.flat = zeros(int(self.offsets[-1])) if flat is None else flat
         bounds = zip(self.table, self.offsets[:-1], self.offsets[1:], strict=True)
         self._views = {p.name: self.flat[a:b].reshape(p.shape) for p, a, b in bounds}
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Which tensors belong together, in order: embedding, blocks, last normalisation, head."""
+
+        def layer(i: int) -> str:
+            words = self.table[i].name.split(".")
+            return ".".join(words[: 1 + (words[0] == "block")])
+
+        runs = [(name, list(run)) for name, run in groupby(range(len(self.table)), layer)]
+        ends = self.offsets.tolist()
+        return [Layer(name, run[0], run[-1] + 1, ends[run[0]], ends[run[-1] + 1]) for name, run in runs]
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Elements of its layer that come before a tensor, and those of the whole layer."""
+        i = next(i for i, p in enumerate(self.table) if p.name == name)
+        layer = next(layer for layer in self.layers if layer.first <= i < layer.last)
+        return int(self.offsets[i]) - layer.start, layer.end - layer.start
 
     def like(self) -> Tensors:
         """The same names and shapes, zeros."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minitrain._ext import engine
 from minitrain._ext.plan import CompiledBackend, Plan, ReferenceBackend, call, instruction_set
@@ -258,6 +260,35 @@ def test_pools_come_and_go():
     assert np.array_equal(x, 2 * np.arange(100_000))
     del backend
     assert not before or len(list(threads.iterdir())) == before
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 70), st.integers(1, 40)), min_size=1, max_size=5),
+    threads=st.integers(2, 7),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_threads_share_a_layer(shapes, threads, seed):
+    """Whatever a layer is made of, each row of each gradient is made, with the bits that it has on one thread; the
+    parameters, whose cache lines change hands meanwhile, keep theirs."""
+    rng = np.random.default_rng(seed)
+    sizes = [n * k + n for n, k in shapes]
+    inputs = [rng.standard_normal((2, 5, n + k)).astype(f4) for n, k in shapes]
+    made = []
+    for n in (1, threads):
+        plan, before, arrays = Plan(CompiledBackend(n)), 0, []
+        for (rows, columns), x in zip(shapes, inputs, strict=True):
+            dy, into = np.ascontiguousarray(x[..., :rows]), np.ascontiguousarray(x[..., rows:])
+            weight = rng.integers(2**32, size=(rows, columns), dtype=np.uint32).view(f4)  # any bits: NaN of any payload
+            kept, gradient, bias = weight.copy(), np.full_like(weight, np.nan), np.full(rows, np.nan, f4)
+            plan.add("linear_backward_weight", gradient, weight, dy, into, place=(before, sum(sizes)))
+            plan.add("sum_sequences", bias, dy[:, 0].copy(), place=(before + weight.size, sum(sizes)))
+            before += weight.size + rows
+            arrays += [(gradient, bias, weight, kept)]
+        plan.run()
+        assert all(np.array_equal(w.view(np.uint32), k.view(np.uint32)) for *_, w, k in arrays)
+        made.append([a.view(np.uint32) for gradient, bias, *_ in arrays for a in (gradient, bias)])
+    assert all(np.array_equal(one, many) for one, many in zip(*made, strict=True))
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="limits address space as Linux does")

@@ -234,7 +234,7 @@ def linear(rng: np.random.Generator) -> Case:
         return float((g * y).sum())
 
     twin("linear_backward_input", dx, g, w, 1)
-    twin("linear_backward_weight", dw, g, x)
+    twin("linear_backward_weight", dw, None, g, x)
     twin("bias_backward", part, g)
     twin("sum_sequences", db, part)
     yield from (("x", loss, x, dx - 1), ("weight", loss, w, dw), ("bias", loss, b, db))

@@ -31,21 +31,25 @@ def test_large_products_are_small_ones(kernel, kernels, backends):
     def cut(array: np.ndarray, axis: int, low: int, high: int) -> np.ndarray:
         return np.ascontiguousarray(array[(slice(None),) * axis + (slice(low, high),)])
 
+    if kernel == "linear_backward_weight":
+        arguments[1] = np.zeros_like(arguments[0])
     expected = np.empty_like(arguments[0])
     columns = expected.shape[-1]
     for low in range(0, columns, 90):
         high = min(low + 90, columns)
-        out, left, right, *rest = (a.copy() if isinstance(a, np.ndarray) else a for a in arguments)
+        out, *rest = (a.copy() if isinstance(a, np.ndarray) else a for a in arguments)
+        beside = [cut(rest.pop(0), 1, low, high)] if kernel == "linear_backward_weight" else []  # the parameter
+        left, right, *rest = rest
         axis = 0 if kernel == "linear_forward" else right.ndim - 1  # where the columns stand in the right-hand side
         right = cut(right, axis, low, high)
         if kernel == "linear_forward":
             rest = [cut(rest[0], 0, low, high)]
-        piece = [cut(out, out.ndim - 1, low, high), left, right, *rest]
+        piece = [cut(out, out.ndim - 1, low, high), *beside, left, right, *rest]
         expected[..., low:high] = kernels.run(backends[engine.instruction_sets()[0], 1], kernel, piece)[
             SIGNATURES[kernel].arrays[0].name
         ]
     for key, backend in backends.items():
-        (actual,) = kernels.run(backend, kernel, arguments).values()
+        actual = kernels.run(backend, kernel, arguments)[SIGNATURES[kernel].arrays[0].name]
         assert np.array_equal(actual.view(np.uint32), expected.view(np.uint32)), key
 
 

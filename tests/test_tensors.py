@@ -53,6 +53,22 @@ def test_names_are_unique(c):
 
 
 @given(configs)
+def test_layers_divide_the_buffer(c):
+    """Layers follow each other without gaps, a block's parameters are one, and each knows its place in its layer."""
+    tensors = Tensors(parameter_table(c))
+    layers = tensors.layers
+    assert [layer.name for layer in layers] == ["embed", *(f"block.{i}" for i in range(c.n_layer)), "ln_f", "lm_head"]
+    assert [layer.start for layer in layers] + [tensors.flat.size] == [0, *(layer.end for layer in layers)]
+    assert [layer.first for layer in layers] + [len(tensors)] == [0, *(layer.last for layer in layers)]
+    names = list(tensors)
+    for layer in layers:
+        within = names[layer.first : layer.last]
+        assert all(name.startswith(f"{layer.name}.") for name in within)
+        before = np.cumsum([0, *(tensors[name].size for name in within)])
+        assert [tensors.place(name) for name in within] == [(n, before[-1]) for n in before[:-1]]
+
+
+@given(configs)
 def test_tensors_are_views_of_one_buffer(c):
     """Tensors stand one after the other without gaps, in the table's order; writing one writes the buffer."""
     tensors = Tensors(parameter_table(c))

@@ -8,7 +8,7 @@
 #define OP_ARRAYS 12
 #define OP_SIZES 6
 #define OP_NUMBERS 4
-#define SPLIT_STRIPS 2  // signatures.SPLITS
+#define SPLIT_SEQUENCE 1  // signatures.SPLITS
 struct Op;
 typedef void (*Kernel)(const struct Op *, int64_t lo, int64_t hi, float *scratch);
 typedef struct Op {
@@ -17,6 +17,8 @@ typedef struct Op {
   int64_t size[OP_SIZES];      // the dimensions, in the order in which the signature first names them
   double number[OP_NUMBERS];   // scalar arguments
   int64_t units;               // what threads share out: sequences, strips, blocks
+  int64_t before, layer, each; // strips: elements of the layer before the parameter's, in all, and of a strip; layer 0: none
   int32_t split;               // which of those; a change of split between two operations is a barrier
+  int32_t threads;             // of the pool
 } Op;
 #endif

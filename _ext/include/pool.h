@@ -1,7 +1,7 @@
 // Threads for programs: each runs its fixed share of every operation, with a barrier where the kind of share changes.
 //
-// Who waits spins for some 50 us, giving way to others, and then sleeps, so that a busy machine is not made busier. The shares depend on the
-// operation's units and the number of threads alone; no operation's bits depend on them.
+// Who waits spins for some 50 us, giving way to others, and then sleeps, so that a busy machine is not made busier. The
+// shares depend on the operation's place and the number of threads alone; no operation's bits depend on them.
 #ifndef MINITRAIN_POOL_H
 #define MINITRAIN_POOL_H
 #include <pthread.h>
@@ -98,9 +98,17 @@ static inline void pool_barrier(Pool *pool) {
   }
 }
 
-// whether what a thread reads of the operation before can only be what it wrote itself (or, for strips, is not read)
+// whether what a thread reads of the operation before can only be what it wrote itself, or (but for sequences) nothing
 static inline int same_shares(const Op *op, const Op *before) {
-  return op->split == before->split && (op->split == SPLIT_STRIPS || op->units == before->units);
+  return op->split == before->split && (op->split != SPLIT_SEQUENCE || op->units == before->units);
+}
+
+// Where the share of thread `id` begins. Of a layer it is a run of elements, whatever tensors they belong to: a thread then
+// reads the activations behind few gradients, rather than a part of all, and updates what it has made the gradient of.
+static inline int64_t share_begins(const Op *op, int64_t id) {
+  if (!op->layer || id == 0 || id == op->threads) return op->units * id / op->threads;
+  int64_t unit = (op->layer * id / op->threads - op->before + op->each / 2) / op->each;
+  return unit < 0 ? 0 : unit > op->units ? op->units : unit;
 }
 
 static inline void pool_share(Pool *pool, int id) {
@@ -108,7 +116,7 @@ static inline void pool_share(Pool *pool, int id) {
   for (int64_t i = pool->first; i < pool->last; i++) {
     const Op *op = pool->ops + i;
     if (i > pool->first && !same_shares(op, op - 1)) pool_barrier(pool);
-    int64_t lo = op->units * id / pool->threads, hi = op->units * (id + 1) / pool->threads;
+    int64_t lo = share_begins(op, id), hi = share_begins(op, id + 1);
     if (lo < hi) op->kernel(op, lo, hi, pool->scratch[id]);
   }
   fpenv_set(environment);

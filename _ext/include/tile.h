@@ -148,4 +148,15 @@ INLINE void pack_left(float *out, const float *a, int64_t row, int64_t step, int
 INLINE void prefetch_rows(const float *c, int64_t ldc) {
   for (int i = 0; i < TILE_ROWS; i++) __builtin_prefetch(c + i * ldc, 1);
 }
+
+// Take the lines of TILE_ROWS rows of p from the caches of other cores, which have read them, and ask for those of the next
+// tile. Only a store does that: what it stores is what stands there. (prefetchw on AMD leaves a line shared that is there.)
+INLINE void take_rows(float *p, int64_t ldp, int64_t n) {
+  for (int i = 0; i < TILE_ROWS; i++)
+    for (int64_t j = 0; j < n; j += LANES) {
+      volatile uint32_t *line = (volatile uint32_t *)(p + i * ldp + j);
+      __builtin_prefetch(p + (TILE_ROWS + i) * ldp + j);
+      *line = *line;
+    }
+}
 #endif

@@ -60,6 +60,7 @@ cdef extern from "tile.h" nogil:
     void pack_columns(float *panel, int64_t width, const float *b, int64_t ldb, int64_t depth, int64_t n) noexcept
     void pack_left(float *out, const float *a, int64_t row, int64_t step, int64_t M, int64_t readable, int64_t depth) noexcept
     void prefetch_rows(const float *c, int64_t ldc) noexcept
+    void take_rows(float *p, int64_t ldp, int64_t n) noexcept
 
 cdef extern from "philox.h" nogil:
     void philox4x32(uint32_t *out, uint64_t index, uint32_t site, uint32_t step, uint32_t seed, uint32_t purpose) noexcept

@@ -11,20 +11,20 @@ cdef void embedding_forward(float *x, const int32_t *tokens, const float *weight
             vstore_n(x + i * C + j, vload_n(e + j, C - j), C - j)
 
 
-# dE[token] += dx, row after row; a strip of it
-cdef void embedding_backward(float *dweight, const int32_t *tokens, const float *dx, int64_t rows, int64_t C, Strip s,
-                             bint accumulate) noexcept nogil:
+# dE[token] += dx, row after row; of the tokens lo..hi-1
+cdef void embedding_backward(float *dweight, const int32_t *tokens, const float *dx, int64_t rows, int64_t C,
+                             int64_t lo, int64_t hi, bint accumulate) noexcept nogil:
     cdef int64_t i, j
     cdef float *e
     if not accumulate:
-        for i in range(s.row0, s.row1):
-            for j in range(s.column0, s.column1, 16):
-                vstore_n(dweight + i * C + j, vzero(), s.column1 - j)
+        for i in range(lo, hi):
+            for j in range(0, C, 16):
+                vstore_n(dweight + i * C + j, vzero(), C - j)
     for i in range(rows):
-        if s.row0 <= tokens[i] < s.row1:
+        if lo <= tokens[i] < hi:
             e = dweight + <int64_t>tokens[i] * C
-            for j in range(s.column0, s.column1, 16):
-                vstore_n(e + j, vadd(vload_n(e + j, s.column1 - j), vload_n(dx + i * C + j, s.column1 - j)), s.column1 - j)
+            for j in range(0, C, 16):
+                vstore_n(e + j, vadd(vload_n(e + j, C - j), vload_n(dx + i * C + j, C - j)), C - j)
 
 
 # y = (x - mean) * rstd * gamma + beta, rstd = 1 / sqrt(variance + eps), population variance in two passes

@@ -4,17 +4,6 @@
 # head and the checkpoint that opens in PyTorch.
 
 
-cdef struct Strip:                                       # a share of a parameter's gradient
-    int64_t row0, row1, column0, column1
-
-
-cdef inline Strip strip(int64_t rows, int64_t columns, int64_t lo, int64_t hi) noexcept nogil:
-    """The units lo..hi-1 of an array [rows, columns] (split "strips" of signatures.py)."""
-    if rows > columns:
-        return Strip(16 * lo, min(16 * hi, rows), 0, columns)
-    return Strip(0, rows, 16 * lo, min(16 * hi, columns))
-
-
 cdef struct Panels:                                      # the right-hand side of a product: b[depth, columns]
     const float *first
     int64_t columns
@@ -74,10 +63,11 @@ cdef bint all_zero(const float *a, int64_t row, int64_t step, int64_t rows, int6
 
 
 cdef void multiply(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, int64_t tile_step, Panels b, int64_t M,
-                   int64_t depth, bint accumulate, const float *bias, bint gaps) noexcept nogil:
+                   int64_t depth, bint accumulate, const float *bias, bint gaps, float *own) noexcept nogil:
     """c[M, columns] = a . b (+ c) (+ bias) for at most DEPTH values of k; each tile of a stands tile_step from the last.
 
-    With `gaps` tiles of zeros are looked for, and left out where b is finite: their sums would be 0, to the bit.
+    With `gaps` tiles of zeros are looked for, and left out where b is finite: their sums would be 0, to the bit. `own` is an
+    array like c, or NULL: its lines are taken from other cores' caches, a tile at a time.
     """
     cdef int64_t j = 0, m, width, height, taken
     cdef const float *rows
@@ -96,6 +86,8 @@ cdef void multiply(float *c, int64_t ldc, const float *a, int64_t row, int64_t s
                     taken = 0
             if height == TILE_ROWS:
                 prefetch_rows(c + m * ldc + j, ldc)
+                if own != NULL:
+                    take_rows(own + m * ldc + j, ldc, min(width, b.columns - j))
             tile(<int>height, taken, rows, row, step, b.first + j * b.across, b.down if b.down else width,
                  c + m * ldc + j, ldc, accumulate, bias + j if bias != NULL else NULL, min(width, b.columns - j))
             m += TILE_ROWS
@@ -104,20 +96,21 @@ cdef void multiply(float *c, int64_t ldc, const float *a, int64_t row, int64_t s
 
 
 cdef void multiply_large(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, Panels b, int64_t M, int64_t depth,
-                         bint accumulate, const float *bias, bint gaps, float *scratch) noexcept nogil:
+                         bint accumulate, const float *bias, bint gaps, float *own, float *scratch) noexcept nogil:
     """The same, with the tiles of a packed first, BLOCK_TILES at a time for all panels: the block then stays in the
     second-level cache (Goto & van de Geijn, ACM TOMS 34, 2008). No bit depends on it."""
     cdef int64_t m = 0, rows
     while m < M:
         rows = min(<int64_t>BLOCK_TILES * TILE_ROWS, M - m)
         pack_left(scratch, a + m * row, row, step, rows, M - m, depth)
-        multiply(c + m * ldc, ldc, scratch, 1, TILE_ROWS, TILE_FLOATS(depth), b, rows, depth, accumulate, bias, gaps)
+        multiply(c + m * ldc, ldc, scratch, 1, TILE_ROWS, TILE_FLOATS(depth), b, rows, depth, accumulate, bias, gaps,
+                 own + m * ldc if own != NULL else NULL)
         m += rows
 
 
 cdef void matmul(float *c, int64_t ldc, const float *a, int64_t row, int64_t step, const float *b, int64_t ldb,
                  bint transposed, int64_t M, int64_t N, int64_t K, bint accumulate, const float *bias,
-                 bint gaps, float *scratch) noexcept nogil:
+                 bint gaps, float *own, float *scratch) noexcept nogil:
     """c[M, N] = a . b (+ c) (+ bias): a[i, k] at a[i*row + k*step]; b[k, j] at b[k*ldb + j], or b[j*ldb + k] if transposed.
 
     scratch: signatures.MATMUL_FLOATS.
@@ -131,6 +124,7 @@ cdef void matmul(float *c, int64_t ldc, const float *a, int64_t row, int64_t ste
     cdef int64_t j = 0, k, n, depth
     cdef const float *part
     cdef const float *add
+    cdef float *taken
     cdef Panels panels
     while j < N:
         n = stands if j < stands else min(<int64_t>BLOCK_COLUMNS, N - j)
@@ -140,11 +134,13 @@ cdef void matmul(float *c, int64_t ldc, const float *a, int64_t row, int64_t ste
             part = b + (j * ldb + k if transposed else k * ldb + j)
             panels = standing(part, ldb, n) if j < stands else packed(right, part, ldb, transposed, n, depth)
             add = bias + j if bias != NULL and k + depth == K else NULL
+            taken = own + j if own != NULL and k == 0 else NULL
             if large:
-                multiply_large(c + j, ldc, a + k * step, row, step, panels, M, depth, accumulate or k > 0, add, gaps, scratch)
+                multiply_large(c + j, ldc, a + k * step, row, step, panels, M, depth, accumulate or k > 0, add, gaps, taken,
+                               scratch)
             else:
                 multiply(c + j, ldc, a + k * step, row, step, TILE_ROWS * row, panels, M, depth, accumulate or k > 0, add,
-                         gaps)
+                         gaps, taken)
             k += depth
         j += n
 
@@ -152,20 +148,20 @@ cdef void matmul(float *c, int64_t ldc, const float *a, int64_t row, int64_t ste
 # y = x . W^T + b
 cdef void linear_forward(float *y, const float *x, const float *weight, const float *bias,
                          int64_t rows, int64_t K, int64_t N, float *scratch) noexcept nogil:
-    matmul(y, N, x, K, 1, weight, K, True, rows, N, K, False, bias, False, scratch)
+    matmul(y, N, x, K, 1, weight, K, True, rows, N, K, False, bias, False, NULL, scratch)
 
 
 # dx (+)= dy . W; dy is 0 where the input was padding
 cdef void linear_backward_input(float *dx, const float *dy, const float *weight, int64_t rows, int64_t K, int64_t N,
                                 bint accumulate, float *scratch) noexcept nogil:
-    matmul(dx, K, dy, N, 1, weight, K, False, rows, K, N, accumulate, NULL, True, scratch)
+    matmul(dx, K, dy, N, 1, weight, K, False, rows, K, N, accumulate, NULL, True, NULL, scratch)
 
 
-# dW = dy^T . x, a strip of it
-cdef void linear_backward_weight(float *dweight, const float *dy, const float *x, int64_t rows, int64_t K, int64_t N,
-                                 Strip s, float *scratch) noexcept nogil:
-    matmul(dweight + s.row0 * K + s.column0, K, dy + s.row0, 1, N, x + s.column0, K, False, s.row1 - s.row0,
-           s.column1 - s.column0, rows, False, NULL, False, scratch)
+# dW = dy^T . x, its rows lo..hi-1
+cdef void linear_backward_weight(float *dweight, float *weight, const float *dy, const float *x, int64_t rows, int64_t K,
+                                 int64_t N, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
+    matmul(dweight + lo * K, K, dy + lo, 1, N, x, K, False, hi - lo, K, rows, False, NULL, False,
+           weight + lo * K if weight != NULL else NULL, scratch)
 
 
 # db = sum of dy over the rows: here the sum of one sequence, row after row; sum_sequences adds the sequences

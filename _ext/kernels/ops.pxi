@@ -8,6 +8,7 @@ cdef extern from "op.h" nogil:
         void *array[12]
         int64_t size[6]
         double number[4]
+        int32_t threads
 
 
 cdef inline float *f32(const Op *op, int i) noexcept nogil:
@@ -42,7 +43,8 @@ cdef void op_linear_backward_input(const Op *op, int64_t lo, int64_t hi, float *
 # sizes N K B T; units: strips of dweight
 cdef void op_linear_backward_weight(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
     cdef int64_t N = op.size[0], K = op.size[1], rows = op.size[2] * op.size[3]
-    linear_backward_weight(f32(op, 0), f32(op, 1), f32(op, 2), rows, K, N, strip(N, K, lo, hi), scratch)
+    cdef float *weight = f32(op, 1) if op.threads > 1 else NULL
+    linear_backward_weight(f32(op, 0), weight, f32(op, 2), f32(op, 3), rows, K, N, 16 * lo, min(16 * hi, N), scratch)
 
 
 # sizes B N T
@@ -52,7 +54,7 @@ cdef void op_bias_backward(const Op *op, int64_t lo, int64_t hi, float *scratch)
         bias_backward(at(op, 0, b * N), at(op, 1, b * T * N), T, N)
 
 
-# sizes N B; units: strips, of 16 columns here
+# sizes N B; units: strips, of 16 elements here
 cdef void op_sum_sequences(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
     sum_sequences(f32(op, 0), f32(op, 1), op.size[1], op.size[0], 16 * lo, min(16 * hi, op.size[0]))
 
@@ -65,9 +67,8 @@ cdef void op_embedding_forward(const Op *op, int64_t lo, int64_t hi, float *scra
 
 # sizes V C B T; units: strips of dweight
 cdef void op_embedding_backward(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
-    cdef int64_t C = op.size[1]
-    embedding_backward(f32(op, 0), i32(op, 1, 0), f32(op, 2), op.size[2] * op.size[3], C, strip(op.size[0], C, lo, hi),
-                       op.number[0] != 0)
+    embedding_backward(f32(op, 0), i32(op, 1, 0), f32(op, 2), op.size[2] * op.size[3], op.size[1], 16 * lo,
+                       min(16 * hi, op.size[0]), op.number[0] != 0)
 
 
 # sizes B T C
