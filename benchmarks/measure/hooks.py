@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minitrain._ext import engine
 from minitrain._ext.plan import CompiledBackend, Plan, instruction_set
@@ -18,9 +20,13 @@ from minitrain.assembly import prepare_data
 from minitrain.config import Config
 from minitrain.experiments.timing import Steps, Way, bare, fastest, instructions, listener
 from minitrain.hooks import Hooks
+from minitrain.model import MiniGPT
+from minitrain.optim import AdamW
 
 FIRES = 1000
 TURNS = 400
+CACHED = 4096
+"""Elements that the first cache holds."""
 STEP_ROUNDS = 8
 """Of `timing.Steps`, each of 50 steps; the fastest of all counts."""
 
@@ -95,7 +101,24 @@ WAYS: dict[str, Way] = {
 }
 
 
-def costs() -> dict[str, dict[str, float]]:
+def elements() -> int:
+    """At all sites of a default step."""
+    model = MiniGPT()
+    optimizer, total = AdamW(hooks=model.hooks), 0
+    shape = (Config().training.batch_size, model.config.max_seq_len)
+
+    def count(site: str, tensor: NDArray[Any]) -> None:
+        nonlocal total
+        total += tensor.size
+
+    model.hooks.listen(count)
+    tokens, mask = np.zeros(shape, np.int32), np.ones(shape, np.bool_)
+    model.forward(tokens, tokens, mask, mask)
+    optimizer.step(model.params, model.backward())
+    return total
+
+
+def costs() -> dict[str, Any]:
     """Seconds of a fire of each kind, and of a step with each set of hooks.
 
     Where there is AVX-512, the probes are measured held to AVX2 too: that has a bar of its own.
@@ -105,10 +128,11 @@ def costs() -> dict[str, dict[str, float]]:
         "a hook that is not due": per_fire(not_due),
         "a probe, 0 elements": per_fire(Hooks.probe),
         "a probe, 1024 elements": per_fire(Hooks.probe, 1024),
+        "a probe, 4096 elements": per_fire(Hooks.probe, CACHED),
         "a Python hook, its call taken off": per_fire(python) - call(),
         "the call": call(),
     }
-    found = {"fires": fires, "steps": steps(WAYS)}
+    found = {"fires": fires, "steps": steps(WAYS), "elements": elements()}
     if "avx2" in engine.instruction_sets() and instruction_set() != "avx2":
         with instructions("avx2"):
             found["steps, avx2"] = steps({way: WAYS[way] for way in ("nobody", "a probe at every site")})
