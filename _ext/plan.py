@@ -103,6 +103,7 @@ class CompiledProgram:
     def append(self, name: str, arguments: tuple[Any, ...], place: Place | None = None) -> None:
         signature = SIGNATURES[name]
         sizes = signature.sizes(arguments)
+        assert not place or signature.split == "strips"
         arrays = arguments[: len(signature.arrays)]
         self._alive.append(arrays)
         self.runner.append(

@@ -12,6 +12,9 @@ a letter stands for the same size wherever a line uses it. ``split`` says what t
 ``weight`` of linear_backward_weight keeps its bits, but threads take its cache lines from each other: nobody may read
 it meanwhile.
 
+``todo`` of adamw_copying says how a block is updated: 1 as it is, 2 if its ``sums`` are those of the last time; it is 0
+when that has been done.
+
 Values are the caller's business: token ids within the vocabulary (MiniGPT checks them), ``offsets`` that rise to P,
 attention weights and their gradients that are 0 past the causal blocks when they are made.
 """
@@ -155,8 +158,7 @@ _KEY: Rule = ("key", "seed, purpose and step", lambda s: s["W"] == 3)
 _PAIRS: Rule = ("x", "(B, T, C) with C even", lambda s: s["C"] % 2 == 0)
 _BLOCKS: Rule = ("sums", "one sum for each 4096 elements of g", lambda s: s["G"] == -(-s["P"] // 4096))
 _SEGMENTS: Rule = ("offsets", "one more than segments in decays", lambda s: s["E"] == s["S"] + 1)
-_THREE: Rule = ("sums", "one for theta, m and v each", lambda s: s["Q"] == 3)
-_FOUR: Rule = ("sums", "one for theta, m and v each, and one more", lambda s: s["Q"] == 4)
+_FOUR: Rule = ("sums", "one for theta, m and v each, and one more", lambda s: s["L"] == 4)
 _HYPER: Rule = ("hyper", "lr, beta1, beta2, eps, decay and t", lambda s: s["R"] == 6)
 
 SIGNATURES: dict[str, Signature] = {
@@ -230,12 +232,11 @@ SIGNATURES: dict[str, Signature] = {
         ),
         _signature(
             "adamw_copying",
-            "theta[P], m[P], v[P], theta_copy[P], m_copy[P], v_copy[P], sums[Q]:u4;"
+            "theta[P], m[P], v[P], theta_copy[P], m_copy[P], v_copy[P], sums[G,L]:u4, todo[G]:u1;"
             " g[P], offsets[E]:i8, decays[S]:u1, hyper[R]:f8",
-            "elements",
-            rules=(_SEGMENTS, _HYPER, _FOUR),
+            "blocks",
+            rules=(_SEGMENTS, _HYPER, _FOUR, _BLOCKS),
         ),
-        _signature("checksum", "sums[Q]:u4; theta[P], m[P], v[P]", "elements", rules=(_THREE,)),
         _signature(
             "adamw_theta",
             "theta[P]; m[P], v[P], offsets[E]:i8, decays[S]:u1, hyper[R]:f8",

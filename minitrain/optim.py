@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -11,13 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minitrain._ext.plan import Backend, CompiledBackend, Plan
+from minitrain.errors import KernelArgumentError
 from minitrain.hooks import Hooks
 from minitrain.sections import OptimizerConfig
 from minitrain.state import State
 from minitrain.tensors import Layer, Tensors
 
-NORM_BLOCK = 4096
-"""Elements whose squares are summed in float32 lanes; the blocks' sums are added in double (square_sums, norm)."""
+BLOCK = 4096
+"""Elements: squares of a block are summed in float32 lanes, the blocks' sums in double (square_sums, norm); a block is
+updated or left alone as a whole (adamw_copying)."""
+
+
+UNCHANGED, ALWAYS = 2, 1
+"""When a block is updated: if it is as the last update left it, or as it is (``todo`` of adamw_copying)."""
+
+Changed = Callable[[list[slice]], object]
+"""Called with parts of the flat buffers."""
 
 
 class Norms(NamedTuple):
@@ -32,12 +41,12 @@ class _NormPlan:
 
     def __init__(self, backend: Backend, flat: NDArray[np.float32], layers: Sequence[Layer] = ()) -> None:
         """Threads share the ``layers`` one by one, if there are any; a block belongs to that in which it begins."""
-        self._sums = np.zeros(-(-len(flat) // NORM_BLOCK))
+        self._sums = np.zeros(-(-len(flat) // BLOCK))
         self._result = np.zeros(1)
         self.plan = Plan(backend)
         blocks = len(self._sums)
-        for a, b in pairwise(sorted({0, blocks, *(-(-layer.start // NORM_BLOCK) for layer in layers)})):
-            self.plan.add("square_sums", self._sums[a:b], flat[NORM_BLOCK * a : NORM_BLOCK * b])
+        for a, b in pairwise(sorted({0, blocks, *(-(-layer.start // BLOCK) for layer in layers)})):
+            self.plan.add("square_sums", self._sums[a:b], flat[BLOCK * a : BLOCK * b])
         self.plan.add("norm", self._result, self._sums)
 
     def __call__(self) -> float:
@@ -108,36 +117,51 @@ class AdamW:
         self.v: Tensors | None = None
         self.copy_to: State | None = None
         """Where the next update leaves its results as well."""
-        self._copied = np.zeros(4, np.uint32)
+        self.changed: Changed | None = None
+        """Told of what is no longer as the last update left it, before the next one with ``copy_to`` makes it anew."""
         self._bound: tuple[Tensors, Tensors] | None = None
 
     def bind(self, params: Tensors, grads: Tensors) -> tuple[Tensors, Tensors]:
-        """Prepare for these buffers and return (m, v), made of zeros at the first call."""
+        """Prepare for these buffers and return (m, v), made of zeros at the first call. Raises KernelArgumentError."""
         if self.m is None or self.v is None:
             self.m, self.v = params.like(), params.like()
         if self._bound is None or self._bound[0] is not params or self._bound[1] is not grads:
+            for name, tensors in ("gradients", grads), ("m", self.m), ("v", self.v):
+                if tensors.flat.shape != params.flat.shape:
+                    raise KernelArgumentError(
+                        f"AdamW: {name}: expected {params.flat.size} elements, as of the parameters, "
+                        f"got {tensors.flat.size}"
+                    )
             self._bound = (params, grads)
             self._plan(params, grads, self.m, self.v)
         return self.m, self.v
 
     def _plan(self, params: Tensors, grads: Tensors, m: Tensors, v: Tensors) -> None:
         self._factor, self._limit, self._hyper = np.zeros(1), np.zeros(1), np.zeros(6)
-        self._norm = _NormPlan(self.backend, grads.flat, grads.layers)
+        self._norm = _NormPlan(self.backend, grads.flat, params.layers)
         self._clamp, self._scale = Plan(self.backend), Plan(self.backend)
-        self._clamp.add("clamp", grads.flat, self._limit)
-        for layer in grads.layers:
-            self._scale.add("scale", grads.flat[layer.start : layer.end], self._factor)
+        for layer in params.layers:
+            part = grads.flat[layer.start : layer.end]
+            self._clamp.add("clamp", part, self._limit)
+            self._scale.add("scale", part, self._factor)
         self._adamw = self._update_plan(params, grads, m, v)
         self._copying: dict[int, tuple[State, Plan]] = {}
-        self._sums, self._checksum = np.zeros(3, np.uint32), Plan(self.backend)
-        for layer in grads.layers:
-            part = slice(layer.start, layer.end)
-            self._checksum.add("checksum", self._sums, params.flat[part], m.flat[part], v.flat[part])
-        self._clipped = Plan(self.backend)
+        self._blocks = [
+            slice(start, min(start + BLOCK, layer.end))
+            for layer in params.layers
+            for start in range(layer.start, layer.end, BLOCK)
+        ]
+        self._sums = np.zeros((len(self._blocks), 4), np.uint32)
+        self._todo = np.zeros(len(self._blocks), np.uint8)
+        self._clipped, self._updated = Plan(self.backend), Plan(self.backend)
         self._clipped.site("clip", grads.flat)
+        for kind, tensors in ("m", m), ("v", v), ("param", params):
+            for name, tensor in tensors.items():
+                self._updated.site(f"{kind}.{name}", tensor)
 
     def _update_plan(self, params: Tensors, grads: Tensors, m: Tensors, v: Tensors, copy: State | None = None) -> Plan:
         plan, decays = Plan(self.backend), np.array([p.decays for p in params.table], np.uint8)
+        done = 0  # blocks
         for layer in params.layers:  # a thread updates what it has made the gradient of
 
             def of(*tensors: Tensors, a: int = layer.start, b: int = layer.end) -> list[NDArray[np.float32]]:
@@ -148,10 +172,10 @@ class AdamW:
             if copy is None:
                 plan.add("adamw", *of(params, m, v), *rest)
             else:
-                plan.add("adamw_copying", *of(params, m, v, copy.params, copy.m, copy.v), self._copied, *rest)
-        for kind, tensors in ("m", m), ("v", v), ("param", params):
-            for name, tensor in tensors.items():
-                plan.site(f"{kind}.{name}", tensor)
+                blocks = slice(done, done + -(-(layer.end - layer.start) // BLOCK))
+                done = blocks.stop
+                watched = self._sums[blocks], self._todo[blocks]
+                plan.add("adamw_copying", *of(params, m, v, copy.params, copy.m, copy.v), *watched, *rest)
         return plan
 
     @property
@@ -193,34 +217,38 @@ class AdamW:
         ``config`` as for `clip`.
         """
         m, v = self.bind(params, grads)
-        plan, copy, self.copy_to = self._adamw, self.copy_to, None
-        if copy is not None:
-            if id(copy) not in self._copying:
-                self._copying[id(copy)] = copy, self._update_plan(params, grads, m, v, copy)
-            plan = self._copying[id(copy)][1]
-            self._copied[:] = 0
+        copy, self.copy_to = self.copy_to, None
         if self._own_hooks:
             self.hooks.step = self.updates
         self.updates += 1
         self._hyper[:] = hyper_row(config or self.config, self.lr, self.updates)
-        plan.run(self.hooks)
+        if copy is None:
+            self._adamw.run()
+        else:
+            if id(copy) not in self._copying:
+                self._copying[id(copy)] = copy, self._update_plan(params, grads, m, v, copy)
+            self._update_copying(self._copying[id(copy)][1])
+        if self.hooks:
+            self._updated.run(self.hooks)
+
+    def _update_copying(self, plan: Plan) -> None:
+        """With ``changed``, blocks that are not what the last such update left wait until that has been told."""
+        self._todo[:] = ALWAYS if self.changed is None else UNCHANGED
+        plan.run()
+        if self.changed is not None and self._todo.any():
+            self.changed([block for block, waits in zip(self._blocks, self._todo, strict=True) if waits])
+            self._todo[self._todo != 0] = ALWAYS
+            plan.run()
 
     def stop_copying(self) -> None:
         """Forget every ``copy_to`` there was."""
-        self.copy_to = None
+        self.copy_to = self.changed = None
         self._copying.clear()
 
     @property
-    def copied(self) -> tuple[bytes, bool]:
-        """The `checksum` of what the last update with ``copy_to`` left, and whether all of it is finite."""
-        sums = self._copied.tobytes()
-        return sums[:12], not any(sums[12:])
-
-    def checksum(self) -> bytes:
-        """Of the bits of parameters, m and v: quick, and sure to show that one number has changed."""
-        self._sums[:] = 0
-        self._checksum.run()
-        return self._sums.tobytes()
+    def copied_finite(self) -> bool:
+        """Whether all that the last update with ``copy_to`` left is finite."""
+        return not self._sums[:, 3].any()
 
     def step(self, params: Tensors, grads: Tensors) -> Norms:
         """`clip`, then `update`."""

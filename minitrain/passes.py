@@ -160,7 +160,8 @@ class Passes:
                 partial = self._partial(bias)
                 add("bias_backward", partial, a[dy])
                 queue.put(bias, "sum_sequences", partial)
-            queue.put(weight, "linear_backward_weight", p[weight], a[dy], a[x])
+            own = p[weight] if p[weight].flags.writeable else None  # that of a frozen model nobody updates
+            queue.put(weight, "linear_backward_weight", own, a[dy], a[x])
 
         def norm(y: str, x: str, dx: str, dresidual: str | None) -> None:
             dgamma, dbeta = self._partial(f"{y}.weight"), self._partial(f"{y}.bias")

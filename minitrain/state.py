@@ -26,7 +26,12 @@ class State:
         return digest(self.params.flat, self.m.flat, self.v.flat)
 
 
-def copy_state(source: State, target: State) -> None:
-    """The bits of one into the buffers of the other."""
+def copy_state(source: State, target: State, part: slice = slice(None)) -> None:
+    """The bits of one into the buffers of the other, or of a part of the flat buffers."""
     for name in ("params", "m", "v"):
-        np.copyto(getattr(target, name).flat, getattr(source, name).flat)
+        np.copyto(getattr(target, name).flat[part], getattr(source, name).flat[part])
+
+
+def copied(state: State) -> State:
+    """The same bits in buffers of their own."""
+    return State(state.step, state.params.copy(), state.m.copy(), state.v.copy())

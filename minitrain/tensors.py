@@ -201,7 +201,7 @@ class Tensors(Mapping[str, NDArray[np.float32]]):
 
     @property
     def layers(self) -> list[Layer]:
-        """Which tensors belong together, in order: embedding, blocks, last normalisation, head."""
+        """Which tensors belong together, in order: embedding, blocks, last normalisation, head. Empty ones left out."""
 
         def layer(i: int) -> str:
             words = self.table[i].name.split(".")
@@ -209,7 +209,8 @@ class Tensors(Mapping[str, NDArray[np.float32]]):
 
         runs = [(name, list(run)) for name, run in groupby(range(len(self.table)), layer)]
         ends = self.offsets.tolist()
-        return [Layer(name, run[0], run[-1] + 1, ends[run[0]], ends[run[-1] + 1]) for name, run in runs]
+        layers = [Layer(name, run[0], run[-1] + 1, ends[run[0]], ends[run[-1] + 1]) for name, run in runs]
+        return [layer for layer in layers if layer.start < layer.end]
 
     def place(self, name: str) -> tuple[int, int]:
         """Elements of its layer that come before a tensor, and those of the whole layer."""

@@ -80,8 +80,7 @@ IN_PLACE = {
     "scale": {"g"},
     "clamp": {"g"},
     "adamw": {"theta", "m", "v"},
-    "adamw_copying": {"theta", "m", "v", "sums"},
-    "checksum": {"sums"},
+    "adamw_copying": {"theta", "m", "v", "sums", "todo"},
     "adamw_theta": {"theta"},
 }
 """Outputs that are read as well. Those of `accumulate` come on top; all others but ZEROED hold NaN before the call."""
@@ -109,13 +108,13 @@ def draw_sizes(kernel: str, integer: Integer) -> Sizes:
         sizes["C"] *= 2
     if kernel == "square_sums" or (kernel.startswith("adamw") and integer(0, 3) == 0):
         sizes["P"] = integer(1, 9000)
-    if kernel == "square_sums":
+    if kernel in ("square_sums", "adamw_copying"):
         sizes["G"] = -(-sizes["P"] // 4096)
     if kernel.startswith("adamw"):
         sizes["E"] = sizes["S"] + 1
     fixed = {"mean_loss": 3, "cross_entropy_backward": 3}
     fixed |= dict.fromkeys(("adamw", "adamw_copying", "adamw_theta"), len(HYPER))
-    return sizes | {"R": fixed.get(kernel, 1), "W": 3, "Q": 3 if kernel == "checksum" else 4}
+    return sizes | {"R": fixed.get(kernel, 1), "W": 3, "L": 4}
 
 
 def draw_arguments(kernel: str, sizes: Sizes, rng: np.random.Generator) -> list[Any]:
@@ -145,6 +144,7 @@ def draw_arguments(kernel: str, sizes: Sizes, rng: np.random.Generator) -> list[
         "key": lambda shape: rng.integers(2**32, size=shape),
         "offsets": lambda shape: [0, *sorted(rng.integers(0, sizes["P"] + 1, shape[0] - 2)), sizes["P"]],
         "decays": mask,
+        "todo": lambda shape: np.ones(shape),
         "hyper": lambda shape: HYPER,
     }
     if kernel.startswith("attention"):

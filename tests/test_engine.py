@@ -70,8 +70,7 @@ def test_special_values(isa_backend):
 
 def good(kernel: str, kernels: Any) -> list[Any]:
     """Arguments that are accepted, with every optional array."""
-    sizes = {"B": 2, "T": 3, "N": 4, "K": 5, "C": 4, "V": 7, "H": 2, "P": 8, "S": 1, "E": 2, "G": 1, "W": 3}
-    sizes["Q"] = 3 if kernel == "checksum" else 4
+    sizes = {"B": 2, "T": 3, "N": 4, "K": 5, "C": 4, "V": 7, "H": 2, "P": 8, "S": 1, "E": 2, "G": 1, "W": 3, "L": 4}
     sizes["R"] = 6 if kernel.startswith("adamw") else {"mean_loss": 3, "cross_entropy_backward": 3}.get(kernel, 1)
     signature = SIGNATURES[kernel]
     for seed in range(100):
@@ -144,15 +143,15 @@ def test_sizes_must_agree(kernel, kernels):
         ("square_sums", {"P": 4097}, "argument sums: expected one sum for each 4096 elements of g"),
         ("adamw", {"R": 5}, "argument hyper: expected lr, beta1, beta2, eps, decay and t"),
         ("adamw", {"S": 2}, "argument offsets: expected one more than segments in decays"),
-        ("adamw_copying", {}, "argument sums: expected one for theta, m and v each, and one more"),
-        ("checksum", {}, "argument sums: expected one for theta, m and v each"),
+        ("adamw_copying", {"L": 3}, "argument sums: expected one for theta, m and v each, and one more"),
+        ("adamw_copying", {"P": 4097}, "argument sums: expected one sum for each 4096 elements of g"),
         ("adamw_theta", {"R": 5}, "argument hyper: expected lr, beta1, beta2, eps, decay and t"),
         ("adamw_theta", {"S": 2}, "argument offsets: expected one more than segments in decays"),
     ],
 )
 def test_rules_between_sizes(kernel, changes, words):
     """What a kernel needs beyond equal letters is checked too: nothing reads or writes past the end of an array."""
-    sizes = {"B": 2, "T": 3, "V": 7, "H": 2, "C": 6, "P": 8, "S": 1, "E": 2, "G": 1, "W": 3, "Q": 5}
+    sizes = {"B": 2, "T": 3, "V": 7, "H": 2, "C": 6, "P": 8, "S": 1, "E": 2, "G": 1, "W": 3, "L": 4}
     sizes |= {"R": 6 if kernel.startswith("adamw") else 3} | changes
     arrays = [np.zeros([sizes[d] for d in a.dims], a.dtype) for a in SIGNATURES[kernel].arrays]
     with pytest.raises(KernelArgumentError, match=f"{kernel}: {words}"):

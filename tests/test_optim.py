@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minitrain.errors import KernelArgumentError
 from minitrain.optim import AdamW, Norms, global_grad_norm
 from minitrain.sections import ModelConfig, OptimizerConfig
-from minitrain.tensors import Tensors, parameter_table
+from minitrain.tensors import Parameter, Tensors, parameter_table
 
 CONFIG = ModelConfig(n_layer=1, n_head=2, d_model=12, d_ff=20, vocab_size=37)
 NO_CLIP = OptimizerConfig(clip=None)
@@ -192,6 +193,24 @@ def test_moments_appear_with_the_first_binding():
     optimizer.step(params, grads)
     assert optimizer.m is m
     assert m.flat.any()
+
+
+@pytest.mark.parametrize(("rows", "got"), [(5, 20), (3, 12)])
+def test_gradients_of_other_parameters(rows, got):
+    """Gradients are as many as parameters, whatever they are called; nothing is clipped or updated otherwise."""
+    params = Tensors([Parameter("w", (4, 4), "ones")])
+    grads = Tensors([Parameter("w", (rows, 4), "ones")])
+    with pytest.raises(KernelArgumentError, match=f"AdamW: gradients: expected 16 elements, .* got {got}"):
+        AdamW().step(params, grads)
+
+
+def test_tensors_of_any_name():
+    """Names without dots, of one layer or of many, one of no elements: each is updated, once."""
+    shapes = {"a": (3, 5), "b.c": (0,), "b.d": (7,), "block.x": (2, 2), "block": (1,)}
+    params, grads = (Tensors([Parameter(name, shape, "ones") for name, shape in shapes.items()]) for _ in range(2))
+    grads.flat[:] = 1e-3
+    AdamW(OptimizerConfig(weight_decay=0), lr=0.5).step(params, grads)
+    assert params.flat == pytest.approx(-0.5, rel=1e-4)
 
 
 def test_rebinding_updates_the_new_buffers():

@@ -29,6 +29,7 @@ from minitrain.loop import Listener, StepStats, watched_step
 from minitrain.record import recorder
 from minitrain.record.journal import JournalWriter, read_journal
 from minitrain.record.layout import BLOCK, layout_of
+from minitrain.replay import Replay
 from minitrain.run_folder import RunFolder
 from minitrain.state import State
 from minitrain.tensors import digest
@@ -313,6 +314,24 @@ class Flips(Listener):
     def stepped(self, stats: StepStats, state: State) -> None:
         if stats.step == 70:
             state.m["lm_head.bias"][3] += 1
+
+
+class Swaps(Listener):
+    """Exchanges two weights that stand at the same place in two blocks, after step 70 was recorded."""
+
+    def stepped(self, stats: StepStats, state: State) -> None:
+        if stats.step == 70:
+            a, b = (state.params[f"block.{i}.ffn.up.weight"].reshape(-1)[5:6] for i in (0, 1))
+            a[:], b[:] = b.copy(), a.copy()
+
+
+def test_memory_that_is_exchanged_between_steps(place):
+    """Numbers that change places are seen as well, and the run can be replayed from what was read."""
+    trainer.run(config("model.n_layer=2"), place / "swapped", listeners=[Swaps()])
+    names = ["param.block.0.ffn.up.weight", "param.block.1.ffn.up.weight"]
+    assert minitrain.open_run(place / "swapped").events == [{"event": "memory_changed", "step": 71, "tensors": names}]
+    replay = Replay(place / "swapped")
+    assert all(replay.at(step).step().verified for step in (70, 71, 72))
 
 
 def test_memory_that_changes_between_steps(place, whole):

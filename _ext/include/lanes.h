@@ -190,7 +190,6 @@ INLINE uint32_t vsum_int(V a) {
   for (int i = 0; i < LANES; i++) sum += x[i];
   return sum;
 }
-INLINE void add_shared(uint32_t *sum, uint32_t a) { __atomic_fetch_add(sum, a, __ATOMIC_RELAXED); }
 INLINE void vprefetch(const float *p) { __builtin_prefetch(p); }
 
 // The fixed tree: lanes i and i+8, then i and i+4, i+2, i+1.

@@ -17,7 +17,6 @@ cdef extern from "lanes.h" nogil:
     V vmul_int(V a, V b) noexcept
     V vodd(int64_t i) noexcept              # integers 2i+1, 2i+3, ...
     uint32_t vsum_int(V a) noexcept
-    void add_shared(uint32_t *sum, uint32_t a) noexcept
     void vprefetch(const float *p) noexcept
     V vset(float x) noexcept
     V vzero() noexcept

@@ -184,21 +184,25 @@ cdef void op_clamp(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcep
 
 # sizes P E S R; units: 16 elements
 cdef void op_adamw(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
-    adamw(f32(op, 0), f32(op, 1), f32(op, 2), NULL, NULL, NULL, NULL, f32(op, 3), <int64_t *>op.array[4], u8(op, 5, 0),
-          <double *>op.array[6], op.size[2], 16 * lo, min(16 * hi, op.size[0]))
+    cdef Hyper h = in_lanes(<double *>op.array[6])
+    adamw(State(f32(op, 0), f32(op, 1), f32(op, 2)), State(NULL, NULL, NULL), NULL, f32(op, 3), <int64_t *>op.array[4],
+          u8(op, 5, 0), &h, 16 * lo, min(16 * hi, op.size[0]))
 
 
-# sizes P Q E S R; units: 16 elements
+# sizes P G L E S R (L = 4); units: blocks of 4096
 cdef void op_adamw_copying(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
-    adamw(f32(op, 0), f32(op, 1), f32(op, 2), f32(op, 3), f32(op, 4), f32(op, 5), <uint32_t *>op.array[6], f32(op, 7),
-          <int64_t *>op.array[8], u8(op, 9, 0), <double *>op.array[10], op.size[3], 16 * lo, min(16 * hi, op.size[0]))
-
-
-# sizes Q P; units: 16 elements
-cdef void op_checksum(const Op *op, int64_t lo, int64_t hi, float *scratch) noexcept nogil:
-    cdef int k
-    for k in range(3):
-        checksum(<uint32_t *>op.array[0] + k, f32(op, 1 + k), 16 * lo, min(16 * hi, op.size[1]))
+    cdef State at = State(f32(op, 0), f32(op, 1), f32(op, 2)), copy = State(f32(op, 3), f32(op, 4), f32(op, 5))
+    cdef uint32_t *sums
+    cdef uint8_t *todo = u8(op, 7, 0)
+    cdef Hyper h = in_lanes(<double *>op.array[11])
+    cdef int64_t b, start, end
+    for b in range(lo, hi):
+        start, end = 4096 * b, min(4096 * (b + 1), op.size[0])
+        sums = <uint32_t *>op.array[6] + 4 * b
+        if todo[b] == 1 or (todo[b] == 2 and unchanged(at, sums, start, end)):
+            adamw(at, copy, sums, f32(op, 8), <int64_t *>op.array[9], u8(op, 10, 0), &h, start, end)
+            todo[b] = 0
+    vstream_end()
 
 
 # sizes P E S R; units: 16 elements
@@ -249,7 +253,6 @@ def addresses() -> dict[str, int]:
         "clamp": <size_t>&op_clamp,
         "adamw": <size_t>&op_adamw,
         "adamw_copying": <size_t>&op_adamw_copying,
-        "checksum": <size_t>&op_checksum,
         "adamw_theta": <size_t>&op_adamw_theta,
         "exp": <size_t>&op_exp,
         "log": <size_t>&op_log,

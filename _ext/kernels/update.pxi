@@ -45,67 +45,88 @@ cdef void clamp(float *g, const double *limit, int64_t n) noexcept nogil:
 # m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
 # theta = theta - lr * ((m / c1) / (sqrt(v / c2) + eps) + decay * theta),  c1 = 1 - beta1^t, c2 = 1 - beta2^t, t from 1
 # (Loshchilov & Hutter, "Decoupled weight decay regularization", algorithm 2)
-# Elements lo..hi-1; segment s is offsets[s]..offsets[s+1]-1 and decays if decays[s].
-# hyper = [lr, beta1, beta2, eps, decay, t]
-# Unless theta_copy is NULL, copies of all three are left as well, and their checksums are added to sums[0..2]; sums[3] is no
-# longer 0 if a number is not finite. Made here, this costs half of what it costs afterwards.
-cdef void adamw(float *theta, float *m, float *v, float *theta_copy, float *m_copy, float *v_copy, uint32_t *sums,
-                const float *g, const int64_t *offsets, const uint8_t *decays, const double *hyper,
-                int64_t S, int64_t lo, int64_t hi) noexcept nogil:
-    cdef int64_t s, i, start, end
-    cdef double t = hyper[5]
-    cdef V lr = vset(<float>hyper[0]), beta1 = vset(<float>hyper[1]), beta2 = vset(<float>hyper[2]), eps = vset(<float>hyper[3])
-    cdef V rest1 = vset(<float>(1.0 - hyper[1])), rest2 = vset(<float>(1.0 - hyper[2]))
-    cdef V unbias1 = vset(<float>(1.0 / (1.0 - power(hyper[1], <int64_t>t))))
-    cdef V unbias2 = vset(<float>(1.0 / (1.0 - power(hyper[2], <int64_t>t))))
-    cdef V decay, x, new_m, new_v, old, weight
+# hyper = [lr, beta1, beta2, eps, decay, t]; segment s is offsets[s]..offsets[s+1]-1 and decays if decays[s].
+cdef struct Hyper:
+    V lr, beta1, rest1, beta2, rest2, eps, unbias1, unbias2
+    float decay
+
+
+cdef inline Hyper in_lanes(const double *hyper) noexcept nogil:
+    cdef Hyper h
+    cdef int64_t t = <int64_t>hyper[5]
+    h.lr, h.eps, h.decay = vset(<float>hyper[0]), vset(<float>hyper[3]), <float>hyper[4]
+    h.beta1, h.rest1 = vset(<float>hyper[1]), vset(<float>(1.0 - hyper[1]))
+    h.beta2, h.rest2 = vset(<float>hyper[2]), vset(<float>(1.0 - hyper[2]))
+    h.unbias1 = vset(<float>(1.0 / (1.0 - power(hyper[1], t))))
+    h.unbias2 = vset(<float>(1.0 / (1.0 - power(hyper[2], t))))
+    return h
+
+
+cdef struct State:
+    float *theta
+    float *m
+    float *v
+
+
+# Elements lo..hi-1. Unless copy.theta is NULL, a copy of all three is left as well (`vstream_end` behind the last), and in
+# sums the `checksum` of what was written in each, and whether a number of it is not finite. Made here, that costs half of
+# what it costs afterwards.
+cdef inline void adamw(State at, State copy, uint32_t *sums, const float *g, const int64_t *offsets, const uint8_t *decays,
+                       const Hyper *h, int64_t lo, int64_t hi) noexcept nogil:
+    cdef int64_t i = lo, s = 0, end
+    cdef V lr = h.lr, beta1 = h.beta1, rest1 = h.rest1, beta2 = h.beta2, rest2 = h.rest2, eps = h.eps
+    cdef V unbias1 = h.unbias1, unbias2 = h.unbias2, decay, x, new_m, new_v, old, weight
     cdef V sum0 = vzero(), sum1 = vzero(), sum2 = vzero(), zeros = vzero()
-    cdef float zero
-    for s in range(S):
-        start = max(lo, offsets[s])
+    while i < hi:
+        while offsets[s + 1] <= i:
+            s += 1
         end = min(hi, offsets[s + 1])
-        decay = vset(<float>hyper[4] if decays[s] else <float>0.0)
-        for i in range(start, end, 16):
+        decay = vset(h.decay if decays[s] else <float>0.0)
+        while i < end:
             vprefetch(g + i + 512)
-            vprefetch(m + i + 512)
-            vprefetch(v + i + 512)
-            vprefetch(theta + i + 512)
+            vprefetch(at.m + i + 512)
+            vprefetch(at.v + i + 512)
+            vprefetch(at.theta + i + 512)
             x = vload_n(g + i, end - i)
-            new_m = vfma(vload_n(m + i, end - i), beta1, vmul(x, rest1))
-            new_v = vfma(vload_n(v + i, end - i), beta2, vmul(vmul(x, x), rest2))
-            old = vload_n(theta + i, end - i)
-            vstore_n(m + i, new_m, end - i)
-            vstore_n(v + i, new_v, end - i)
+            new_m = vfma(vload_n(at.m + i, end - i), beta1, vmul(x, rest1))
+            new_v = vfma(vload_n(at.v + i, end - i), beta2, vmul(vmul(x, x), rest2))
+            old = vload_n(at.theta + i, end - i)
+            vstore_n(at.m + i, new_m, end - i)
+            vstore_n(at.v + i, new_v, end - i)
             old = moved(old, new_m, new_v, lr, unbias1, unbias2, eps, decay)
-            vstore_n(theta + i, old, end - i)
-            if theta_copy != NULL:
-                vstream_n(theta_copy + i, old, end - i)
-                vstream_n(m_copy + i, new_m, end - i)
-                vstream_n(v_copy + i, new_v, end - i)
+            vstore_n(at.theta + i, old, end - i)
+            if copy.theta != NULL:
+                vstream_n(copy.theta + i, old, end - i)
+                vstream_n(copy.m + i, new_m, end - i)
+                vstream_n(copy.v + i, new_v, end - i)
                 if end - i < 16:                         # the lanes past the end are not in the sums
-                    old, new_m, new_v = vload_n(theta + i, end - i), vload_n(m + i, end - i), vload_n(v + i, end - i)
+                    old, new_m, new_v = vload_n(at.theta + i, end - i), vload_n(at.m + i, end - i), vload_n(at.v + i, end - i)
                 weight = vodd(i)
                 sum0 = vadd_int(sum0, vmul_int(old, weight))
                 sum1 = vadd_int(sum1, vmul_int(new_m, weight))
                 sum2 = vadd_int(sum2, vmul_int(new_v, weight))
                 zeros = vfma(vadd(vadd(old, new_m), new_v), vzero(), zeros)  # NaN where one of them is NaN or Inf
-    if theta_copy != NULL:
-        vstream_end()
-        add_shared(sums, vsum_int(sum0))
-        add_shared(sums + 1, vsum_int(sum1))
-        add_shared(sums + 2, vsum_int(sum2))
-        zero = vsum(zeros)
-        add_shared(sums + 3, zero != zero)
+            i += 16
+        i = end
+    if copy.theta != NULL:
+        sums[0], sums[1], sums[2] = vsum_int(sum0), vsum_int(sum1), vsum_int(sum2)
+        sums[3] = vsum(zeros) != 0
 
 
-# sum += sum of bits(x_i) * (2i + 1) mod 2^32: odd weights show any one change for certain, others but for 1 in 2^32
-cdef void checksum(uint32_t *total, const float *x, int64_t lo, int64_t hi) noexcept nogil:
+# sum of bits(x_i) * (2i + 1) mod 2^32: odd weights show any one change for certain, others but for 1 in 2^32
+cdef inline uint32_t checksum(const float *x, int64_t lo, int64_t hi) noexcept nogil:
     cdef int64_t i
     cdef V s = vzero()
     for i in range(lo, hi, 16):
         vprefetch(x + i + 512)
         s = vadd_int(s, vmul_int(vload_n(x + i, hi - i), vodd(i)))
-    add_shared(total, vsum_int(s))
+    return vsum_int(s)
+
+
+cdef inline bint unchanged(State at, const uint32_t *sums, int64_t lo, int64_t hi) noexcept nogil:
+    """Whether elements lo..hi-1 have these checksums."""
+    return (checksum(at.theta, lo, hi) == sums[0] and checksum(at.m, lo, hi) == sums[1]
+            and checksum(at.v, lo, hi) == sums[2])
 
 
 # theta - lr * ((m * unbias1) / (sqrt(v * unbias2) + eps) + decay * theta)
@@ -119,18 +140,15 @@ cdef inline V moved(V theta, V m, V v, V lr, V unbias1, V unbias2, V eps, V deca
 cdef void adamw_theta(float *theta, const float *m, const float *v, const int64_t *offsets, const uint8_t *decays,
                       const double *hyper, int64_t S, int64_t lo, int64_t hi) noexcept nogil:
     cdef int64_t s, i, start, end
-    cdef double t = hyper[5]
-    cdef V lr = vset(<float>hyper[0]), eps = vset(<float>hyper[3])
-    cdef V unbias1 = vset(<float>(1.0 / (1.0 - power(hyper[1], <int64_t>t))))
-    cdef V unbias2 = vset(<float>(1.0 / (1.0 - power(hyper[2], <int64_t>t))))
+    cdef Hyper h = in_lanes(hyper)
     cdef V decay, old
     for s in range(S):
         start = max(lo, offsets[s])
         end = min(hi, offsets[s + 1])
-        decay = vset(<float>hyper[4] if decays[s] else <float>0.0)
+        decay = vset(h.decay if decays[s] else <float>0.0)
         for i in range(start, end, 16):
             old = vload_n(theta + i, end - i)
-            old = moved(old, vload_n(m + i, end - i), vload_n(v + i, end - i), lr, unbias1, unbias2, eps, decay)
+            old = moved(old, vload_n(m + i, end - i), vload_n(v + i, end - i), h.lr, h.unbias1, h.unbias2, h.eps, decay)
             vstore_n(theta + i, old, end - i)
 
 

@@ -1,7 +1,7 @@
 """The recorder: a listener of the training loop that writes down what every step read and left.
 
-On the loop's own thread it has the update leave a copy of the state, and makes sure before the next one that nothing
-has changed meanwhile. A thread of its own does the rest: it takes the digests of the copy, packs and writes. What the
+On the loop's own thread it has the update leave a copy of the state, and the next one make sure that nothing has
+changed meanwhile. A thread of its own does the rest: it takes the digests of the copy, packs and writes. What the
 recorder was told is on disk, in order, once `settle` returns.
 """
 
@@ -24,7 +24,7 @@ from minitrain.assembly import Parts
 from minitrain.config import Config
 from minitrain.data.batches import Batch
 from minitrain.errors import RunError
-from minitrain.inject import event
+from minitrain.inject import FAULTS, acts, event
 from minitrain.loop import Listener, StepStats
 from minitrain.record.arrays import Row
 from minitrain.record.digests import batch_digest, groups, rng_words, state_digests, tensor_digest
@@ -32,7 +32,7 @@ from minitrain.record.journal import FORMAT_VERSION, canonical
 from minitrain.record.layout import Layout, layout_of
 from minitrain.record.writer import Flats, Packed, RecordWriter
 from minitrain.run_folder import RunFolder
-from minitrain.state import State, copy_state
+from minitrain.state import State, copied, copy_state
 from minitrain.tensors import KINDS, Tensors, pages
 
 BACKLOG_BYTES = 64 << 20
@@ -146,8 +146,8 @@ class Recorder(Listener):
             self._writer.keyframe(0, _flats(state))
         self._left: _Copy | None = None
         """Of what the last step left; None before the first."""
-        self._checksum = b""
-        """Of the same."""
+        self._watched = False
+        """The next update makes sure that the state is what the last step left; else its digests do."""
         self._batch: Batch
         self._copy: _Copy | None = None
         """Of what the running step will leave; kept for the next, if this one is given up."""
@@ -202,8 +202,9 @@ class Recorder(Listener):
         if self._off:
             return
         optimizer = self._optimizer
-        unchanged = self._left and optimizer.checksum() == self._checksum
-        self._digest_in = None if unchanged else self._digest_if_changed(self._parts.state())
+        optimizer.changed = self._changed if self._watched else None
+        self._digest_in = None if self._watched else self._digest_if_changed(self._parts.state())
+        self._watched = False  # until the step is through
         if self._injections:
             self._events += [event(one) for one in self._injections if one.step == self._model.step]
         if self._copy is None:
@@ -217,6 +218,14 @@ class Recorder(Listener):
                 self._parts.state(),
                 {**{f"grad.{name}": grad for name, grad in model.grads.items()}, **model.activations()},
             )
+
+    def _changed(self, parts: list[slice]) -> None:
+        """By the update, which has left these parts alone: elsewhere state t is what step t-1 left."""
+        assert self._left
+        state, now = copied(self._left.state), self._parts.state()
+        for part in parts:
+            copy_state(now, state, part)
+        self._digest_in = self._digest_if_changed(replace(state, step=now.step))
 
     def _save_incident(self, reason: str, state: State, evidence: dict[str, NDArray[Any]]) -> None:
         tensors = {f"{kind}.{name}": t for kind, g in zip(KINDS, groups(state), strict=True) for name, t in g.items()}
@@ -234,10 +243,10 @@ class Recorder(Listener):
             return
         self._finite = stats.finite
         left, self._copy = self._copy, None
-        self._checksum, finite = self._optimizer.copied
-        if self._injections:  # they may have changed the state after the update
+        finite, self._watched = self._optimizer.copied_finite, True
+        if any(acts(one, stats.step) and FAULTS[one.name].point == "state" for one in self._injections):
             copy_state(state, left.state)
-            self._checksum, finite = self._optimizer.checksum(), False
+            finite, self._watched = False, False
         step = _Step(self._batch, self._events, self._digest_in, stats, self._heard, self._left, left, finite)
         self._left = left
         self._steps.append(step)
