@@ -1,0 +1,74 @@
+"""What only a terminal shows: the bar and the lines around it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+INJECTED = ("injection.name=nan_activation", "injection.step=14", "training.on_nonfinite=continue")
+SIZES = [*("model.n_layer=1", "model.d_model=16", "model.n_head=2", "model.d_ff=32"), "metrics.enabled=false"]
+SHORT = [word for size in (*SIZES, "scheduler.total_steps=30", "scheduler.warmup_steps=5") for word in ("--set", size)]
+BAR = "━"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, record_run) -> Path:
+    """Complete, with a number that is not finite."""
+    return record_run(tmp_path_factory.mktemp("terminal") / "run", *INJECTED)
+
+
+def on_terminal(*arguments: object, columns: int = 100) -> list[str]:
+    """The lines that `minitrain ARGUMENTS` writes to a terminal of so many columns, the bar's among them."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (50, columns))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    command = [sys.executable, "-m", "minitrain", *map(str, arguments)]
+    written = b""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=environment | {"TERM": "xterm"}
+    ):
+        os.close(theirs)
+        try:
+            while part := os.read(ours, 1 << 16):
+                written += part
+        except OSError:  # how Linux says that nobody writes any more
+            pass
+    os.close(ours)
+    text = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", written.decode())  # colours and movements
+    return [line for line in re.split(r"[\r\n]+", text) if line]
+
+
+def test_what_is_told_stands_whole_above_the_bar(tmp_path, monkeypatch):
+    """The bar appears behind the lines that a training begins with, in a new run and in a fork, where it goes on."""
+    monkeypatch.chdir(tmp_path)
+    lines = on_terminal("train", *SHORT, "--out-dir", "run")
+    assert re.fullmatch(r"recording every step with its moments to run/record.zarr: about .* GB free", lines[0])
+    assert lines[1].startswith(BAR)
+    assert any(line.startswith(BAR) and "30/30" in line for line in lines)
+    lines = on_terminal("train", "--from", "run", "--step", 20, "--out-dir", "fork")
+    assert lines[0].startswith("recording every step")
+    assert lines[1].startswith(BAR)
+    assert "20/30" in lines[1]
+
+
+def test_a_refused_run_leaves_no_bar(tmp_path, monkeypatch, run):
+    """Nothing but the error stands on the terminal."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("done").symlink_to(run)
+    for arguments, words in (
+        (["train", "--set", "data.train_path=no.txt"], "error: no.txt: expected a data file, found none"),
+        (["train", "--set", "data.train_path=empty.txt"], "error: empty.txt: expected"),
+        (["train", "--out-dir", "done"], "error: --out-dir done: expected an empty folder, got another run"),
+        (["train", "--resume", "--out-dir", "done"], "error: --resume done: expected an unfinished run"),
+        (["replay", "done", "--nan-bisect", "--step", 99], "error: --step 99: expected one of the recorded steps"),
+    ):
+        lines = on_terminal(*arguments, columns=200)
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(words)
