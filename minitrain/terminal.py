@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -30,6 +31,11 @@ def settings_from(overrides: tuple[str, ...], seed: int | None) -> list[str]:
 
 def bar_wanted(quiet: bool, as_json: bool) -> bool:
     return sys.stderr.isatty() and not (quiet or as_json)
+
+
+def width(most: int) -> int:
+    """Characters of a line of prose: ``most``, or what the terminal has where that is less."""
+    return min(most, shutil.get_terminal_size().columns) if sys.stdout.isatty() else most
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:

@@ -1,4 +1,4 @@
-"""What only a terminal shows: the bar and the lines around it."""
+"""What only a terminal shows: the bar and the lines around it, the width of prose."""
 
 from __future__ import annotations
 
@@ -72,3 +72,12 @@ def test_a_refused_run_leaves_no_bar(tmp_path, monkeypatch, run):
         lines = on_terminal(*arguments, columns=200)
         assert len(lines) == 1, lines
         assert lines[0].startswith(words)
+
+
+def test_prose_is_as_wide_as_the_terminal(run, monkeypatch):
+    """What --nan-bisect explains is broken at the columns there are, at 116 where there are more."""
+    monkeypatch.chdir(run.parent)
+    for columns, most in (70, 70), (300, 116):
+        lines = on_terminal("replay", "run", "--nan-bisect", columns=columns)
+        start, end = (next(i for i, x in enumerate(lines) if x.startswith(word)) for word in ("verdict", "largest |x|"))
+        assert most - 20 < max(map(len, lines[start:end])) <= most
