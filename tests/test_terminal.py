@@ -1,4 +1,4 @@
-"""What only a terminal shows: the bar and the lines around it, the width of prose."""
+"""What only a terminal or a pipe shows: the bar and the lines around it, the width of prose, readers that go away."""
 
 from __future__ import annotations
 
@@ -44,6 +44,17 @@ def on_terminal(*arguments: object, columns: int = 100) -> list[str]:
     return [line for line in re.split(r"[\r\n]+", text) if line]
 
 
+def unread(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`minitrain ARGUMENTS` into a pipe that nobody reads."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    try:
+        command = [sys.executable, "-m", "minitrain", *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=60)
+    finally:
+        os.close(theirs)
+
+
 def test_what_is_told_stands_whole_above_the_bar(tmp_path, monkeypatch):
     """The bar appears behind the lines that a training begins with, in a new run and in a fork, where it goes on."""
     monkeypatch.chdir(tmp_path)
@@ -81,3 +92,22 @@ def test_prose_is_as_wide_as_the_terminal(run, monkeypatch):
         lines = on_terminal("replay", "run", "--nan-bisect", columns=columns)
         start, end = (next(i for i, x in enumerate(lines) if x.startswith(word)) for word in ("verdict", "largest |x|"))
         assert most - 20 < max(map(len, lines[start:end])) <= most
+
+
+def test_nobody_reads_on(run, tmp_path):
+    """A closed pipe ends a command without a word, as `minitrain replay RUN --step 3 | head` closes it."""
+    (tmp_path / "talk.py").write_text("def loud(site, tensor):\n    print(site, '.' * 10000)\n")
+    step = ["replay", run, "--step", 3]
+    for arguments in (["selftest"], ["info", run], step, [*step, "--hook", "talk:loud"], [*step, "--help"]):
+        done = unread(*arguments, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (141, ""), arguments
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_output_to_a_full_disk(run):
+    """Is an error as it ever was."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "minitrain", "info", str(run)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: No space left on device; ")
