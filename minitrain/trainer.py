@@ -23,7 +23,7 @@ from minitrain.data.prepare import Prepared
 from minitrain.environment import git_state, hardware, peak_rss_mb, versions
 from minitrain.errors import RunError
 from minitrain.files import write_atomic, write_json
-from minitrain.inject import resolved
+from minitrain.inject import acts_from, resolved, spelt
 from minitrain.keeper import Keeper, write_checkpoint
 from minitrain.loop import Evaluation, Listener, Metrics, evaluate, perplexity, train
 from minitrain.metrics.meter import Meter
@@ -76,7 +76,7 @@ def run(
     """Train as configured into ``out_dir``, from ``origin`` if any, or go on with the run that stands there.
 
     ``watchers`` make listeners that may look at the parts. ``experiment`` is the one that a new run is made for.
-    ``tell`` is told what the run will take of the disk.
+    ``tell`` is told what the run will take of the disk, and what will be injected.
     Raises MinitrainError with nothing half written: everything is checked before the folder is touched.
     """
     started = time.perf_counter()
@@ -111,6 +111,9 @@ def run(
             told = manifest(config, data, parts.model, command_line, experiment, origin.parent if origin else None)
             write_json(folder.manifest, told)
         start = parts.scheduler.step_count
+        for one in config.injections:
+            if acts_from(one, start):
+                tell(f"injecting {spelt(one)}")
         with ExitStack() as open_:
             recorder = open_.enter_context(recording(folder, config, parts))
             meter = open_.enter_context(measuring(folder, config, data, parts))

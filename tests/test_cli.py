@@ -246,6 +246,15 @@ def test_disk_full(monkeypatch):
     assert re.search(r"^recording every step .*: about 0.0\d GB more of ", resumed.stderr)
 
 
+def test_what_will_be_injected_is_said_at_the_start():
+    """A line for each injection; a resumed run leaves those out that are behind it."""
+    Path("two.yaml").write_text("injections: [{name: scale, step: 7}, {name: decay_zero, step: 9}]")
+    scale, decay = "injecting scale at step 7 (factor 50)\n", "injecting decay_zero from step 9\n"
+    assert train("two.yaml").stderr.endswith(f"free\n{scale}{decay}")
+    Path("run/COMPLETE").unlink()
+    assert minitrain("train", "--resume", "--out-dir", "run").stderr.endswith(f"free\n{decay}")
+
+
 def test_nonfinite_ends_with_1():
     """A run that went non-finite says at which step and ends with 1."""
     result = train("--set", "optimizer.lr_max=1e30", "--set", "optimizer.clip=null")

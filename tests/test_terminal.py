@@ -58,9 +58,10 @@ def unread(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_what_is_told_stands_whole_above_the_bar(tmp_path, monkeypatch):
     """The bar appears behind the lines that a training begins with, in a new run and in a fork, where it goes on."""
     monkeypatch.chdir(tmp_path)
-    lines = on_terminal("train", *SHORT, "--out-dir", "run")
+    lines = on_terminal("train", *SHORT, "--out-dir", "run", "--injection", "scale", "--injection-step", 7)
     assert re.fullmatch(r"recording every step with its moments to run/record.zarr: about .* GB free", lines[0])
-    assert lines[1].startswith(BAR)
+    assert lines[1] == "injecting scale at step 7 (factor 50)"
+    assert lines[2].startswith(BAR)
     assert any(line.startswith(BAR) and "30/30" in line for line in lines)
     lines = on_terminal("train", "--from", "run", "--step", 20, "--out-dir", "fork")
     assert lines[0].startswith("recording every step")
