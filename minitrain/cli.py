@@ -1,14 +1,15 @@
 """The command line: finds the command, tells what went wrong. The commands themselves are in ``minitrain/commands/``.
 
 Exit codes: 0 done and healthy, 1 done and a problem was found, 2 wrong usage or unusable input; 130 stopped by Ctrl-C
-at a step boundary, resumable.
+at a step boundary, resumable; 141 where whoever read the output has gone, as in ``| head``.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -18,6 +19,7 @@ COMMANDS = ("train", "replay", "verify", "diff", "info", "dashboard", "experimen
 """In the order of ``--help``. Each is ``command`` in a module of its name, which is loaded when it is asked for."""
 
 INTERRUPTED = 130  # what shells report for a process ended by SIGINT
+UNREAD = 141  # and by SIGPIPE
 
 
 class Commands(click.Group):
@@ -52,7 +54,11 @@ class Commands(click.Group):
         except MemoryError as error:
             click.echo(f"error: not enough memory ({error}); lower training.batch_size or the sizes of model", err=True)
             context.exit(2)
+        except BrokenPipeError:
+            _unread(context)
         except MinitrainError as error:
+            if isinstance(error.__cause__, BrokenPipeError):  # what a hook printed
+                _unread(context)
             click.echo(f"error: {error}", err=True)
             context.exit(error.exit_code)
         except OSError as error:
@@ -63,6 +69,12 @@ class Commands(click.Group):
                 f"error: {where}{error.strerror}; what was finished before stands, make room and resume", err=True
             )
             context.exit(2)
+
+
+def _unread(context: click.Context) -> NoReturn:
+    """End quietly: nobody reads standard output any more. What it still holds goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    context.exit(UNREAD)
 
 
 def version_text() -> str:

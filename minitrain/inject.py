@@ -174,6 +174,11 @@ def acts(one: Injection, step: int) -> bool:
     return one.step == step or (FAULTS[one.name].lasts and one.step < step)
 
 
+def acts_from(one: Injection, step: int) -> bool:
+    """Whether it acts at this step or a later one."""
+    return one.step >= step or FAULTS[one.name].lasts
+
+
 def kind_of(one: Injection) -> str:
     """What of the state it changes: param, m or v."""
     if one.name == "bit_flip":

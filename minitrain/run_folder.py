@@ -125,7 +125,8 @@ class RunFolder:
     def require_run(self) -> None:
         """Raises RunError unless a run stands here."""
         if not self.manifest.exists():
-            what = "no manifest.json in it" if self.path.is_dir() else "no such folder"
+            there = "a file" if self.path.exists() else "no such folder"
+            what = "no manifest.json in it" if self.path.is_dir() else there
             raise RunError(f"{self.path}: expected a run folder, got {what}; name the --out-dir of an earlier run")
 
     def require_model(self) -> Path:

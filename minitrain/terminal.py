@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -30,6 +31,11 @@ def settings_from(overrides: tuple[str, ...], seed: int | None) -> list[str]:
 
 def bar_wanted(quiet: bool, as_json: bool) -> bool:
     return sys.stderr.isatty() and not (quiet or as_json)
+
+
+def width(most: int) -> int:
+    """Characters of a line of prose: ``most``, or what the terminal has where that is less."""
+    return min(most, shutil.get_terminal_size().columns) if sys.stdout.isatty() else most
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
@@ -70,7 +76,10 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def steps_bar(visible: bool, total: int, name: str) -> Iterator[Callable[[int], None]]:
-    """A bar of ``total`` units of work; what is given back is told how many have been done, by any thread."""
+    """A bar of ``total`` units of work; what is given back is told how many have been done, by any thread.
+
+    It appears when it is first told, so that a run that is refused finds the terminal free.
+    """
     if not visible:
         yield lambda done: None
         return
@@ -79,13 +88,24 @@ def steps_bar(visible: bool, total: int, name: str) -> Iterator[Callable[[int], 
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(compact=True))
-    with Bar(*columns, console=Console(stderr=True), refresh_per_second=8) as bar:
-        task = bar.add_task(name, total=total)
-        yield lambda done: bar.advance(task, done)
+    bar = Bar(*columns, console=Console(stderr=True), refresh_per_second=8)
+    task = bar.add_task(name, total=total)
+
+    def show(done: int) -> None:
+        bar.start()  # does nothing where it has been
+        bar.advance(task, done)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 class Progress:
-    """The bar: loss, learning rate, gradient norm and tokens/s, every ``log_every`` steps. A listener of the loop."""
+    """The bar: loss, learning rate, gradient norm and tokens/s, every ``log_every`` steps. A listener of the loop.
+
+    It appears with the first step: what is told before it, and a run that is refused, find the terminal free.
+    """
 
     def __init__(self, config: Config, visible: bool, name: str = "") -> None:
         self._every = config.training.log_every
@@ -110,8 +130,6 @@ class Progress:
             TextColumn("left"),
         )
         self._bar = Bar(*columns, console=Console(stderr=True), refresh_per_second=8)
-        self._task = self._bar.add_task(self._name, total=self._total)
-        self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -119,7 +137,9 @@ class Progress:
             self._bar.stop()
 
     def starting(self, step: int, batch: Any, state: Any) -> None:
-        pass
+        if self._visible and not self._bar.live.is_started:
+            self._task = self._bar.add_task(self._name, total=self._total, completed=step)
+            self._bar.start()
 
     def stepped(self, stats: Any, state: Any) -> None:
         if not self._visible:

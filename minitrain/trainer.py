@@ -23,7 +23,7 @@ from minitrain.data.prepare import Prepared
 from minitrain.environment import git_state, hardware, peak_rss_mb, versions
 from minitrain.errors import RunError
 from minitrain.files import write_atomic, write_json
-from minitrain.inject import resolved
+from minitrain.inject import acts_from, resolved, spelt
 from minitrain.keeper import Keeper, write_checkpoint
 from minitrain.loop import Evaluation, Listener, Metrics, evaluate, perplexity, train
 from minitrain.metrics.meter import Meter
@@ -56,6 +56,8 @@ class Outcome:
     results: dict[str, Any]
     digest: str
     wall_clock_s: float
+    start: int
+    """The state with which it began, or went on where it was resumed."""
 
 
 def run(
@@ -74,7 +76,7 @@ def run(
     """Train as configured into ``out_dir``, from ``origin`` if any, or go on with the run that stands there.
 
     ``watchers`` make listeners that may look at the parts. ``experiment`` is the one that a new run is made for.
-    ``tell`` is told what the run will take of the disk.
+    ``tell`` is told what the run will take of the disk, and what will be injected.
     Raises MinitrainError with nothing half written: everything is checked before the folder is touched.
     """
     started = time.perf_counter()
@@ -93,9 +95,9 @@ def run(
     parts = assemble(config, data)
     if origin:
         parts.put(origin.state)
-    start = start_of(folder.read_manifest()) if resume else parts.scheduler.step_count
     if config.record.enabled:
-        tell(announcement(folder, layout_of(config, start)))
+        first = start_of(folder.read_manifest()) if resume else parts.scheduler.step_count
+        tell(announcement(folder, layout_of(config, first)))
     with folder.hold(new=not resume):
         write_atomic(folder.config, to_yaml(config))
         write_atomic(folder.tokenizer, data.tokenizer.to_json())
@@ -108,6 +110,10 @@ def run(
                 write_checkpoint(folder, config, parts)
             told = manifest(config, data, parts.model, command_line, experiment, origin.parent if origin else None)
             write_json(folder.manifest, told)
+        start = parts.scheduler.step_count
+        for one in config.injections:
+            if acts_from(one, start):
+                tell(f"injecting {spelt(one)}")
         with ExitStack() as open_:
             recorder = open_.enter_context(recording(folder, config, parts))
             meter = open_.enter_context(measuring(folder, config, data, parts))
@@ -138,7 +144,7 @@ def run(
         metrics.first_nonfinite_step, metrics.final_loss = keeper.first_nonfinite, keeper.last_loss
         ended = metrics.ended != "interrupted"
         results = finish(folder, config, data, parts, metrics, keeper, started) if ended else {}
-    return Outcome(folder, metrics, results, parts.state().digest(), time.perf_counter() - started)
+    return Outcome(folder, metrics, results, parts.state().digest(), time.perf_counter() - started, start)
 
 
 def require_unfinished(folder: RunFolder, config: Config) -> None:
@@ -180,10 +186,11 @@ def measuring(folder: RunFolder, config: Config, data: Prepared, parts: Parts) -
 
 
 def announcement(folder: RunFolder, layout: Layout) -> str:
-    """What the record will take. Raises RunError if the disk cannot hold it."""
-    free = require_room(folder, layout)
+    """What the record will take, beyond what is there. Raises RunError if the disk cannot hold it."""
+    free, there = require_room(folder, layout)
+    needed = f"{max(layout.disk_bytes - there, 0) / 1e9:,.2f} GB{' more' if there else ''}"
     what = "every step with its moments" if layout.moments else f"a whole state every {layout.keyframe_every} steps"
-    return f"recording {what} to {folder.record}: about {layout.disk_bytes / 1e9:,.2f} GB of {free / 1e9:,.0f} GB free"
+    return f"recording {what} to {folder.record}: about {needed} of {free / 1e9:,.0f} GB free"
 
 
 def require_data(folder: RunFolder, data: Prepared) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import pkgutil
+import re
 import signal
 from pathlib import Path
 
@@ -158,7 +159,9 @@ def test_resume_refusals():
     other = train("--resume", "--set", "training.batch_size=5")
     assert other.exit_code == 2
     assert "training.batch_size: 8 -> 5" in other.stderr
-    assert minitrain("train", "--resume", "--out-dir", "run", "--set", "training.threads=2").exit_code == 0
+    nothing_left = minitrain("train", "--resume", "--out-dir", "run", "--set", "training.threads=2")
+    assert nothing_left.exit_code == 0
+    assert nothing_left.stdout.startswith("0 steps in ")
 
     Path("run/COMPLETE").unlink()
     checkpoint = Path("run/checkpoint.safetensors")
@@ -219,7 +222,10 @@ def test_damaged_log_is_named():
 
 
 def test_disk_full(monkeypatch):
-    """No room for a checkpoint: one message, exit code 2, and the run resumes from the last that was written."""
+    """No room for a checkpoint: one message, exit code 2, and the run resumes from the last that was written.
+
+    It then says which steps it has run, and what of the record was still missing.
+    """
     write, count = keeper.save_checkpoint, [0]
 
     def fails_the_second_time(*arguments, **names):
@@ -233,8 +239,20 @@ def test_disk_full(monkeypatch):
         result = train()
     assert result.exit_code == 2
     assert "No space left on device" in result.stderr
-    resumed = minitrain("train", "--resume", "--out-dir", "run", "--json")
+    assert " GB more of " not in result.stderr
+    resumed = minitrain("train", "--resume", "--out-dir", "run")
     assert resumed.exit_code == 0, resumed.stderr
+    assert resumed.stdout.startswith("steps 10 to 29 in ")
+    assert re.search(r"^recording every step .*: about 0.0\d GB more of ", resumed.stderr)
+
+
+def test_what_will_be_injected_is_said_at_the_start():
+    """A line for each injection; a resumed run leaves those out that are behind it."""
+    Path("two.yaml").write_text("injections: [{name: scale, step: 7}, {name: decay_zero, step: 9}]")
+    scale, decay = "injecting scale at step 7 (factor 50)\n", "injecting decay_zero from step 9\n"
+    assert train("two.yaml").stderr.endswith(f"free\n{scale}{decay}")
+    Path("run/COMPLETE").unlink()
+    assert minitrain("train", "--resume", "--out-dir", "run").stderr.endswith(f"free\n{decay}")
 
 
 def test_nonfinite_ends_with_1():

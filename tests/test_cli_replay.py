@@ -208,6 +208,8 @@ def test_bad_input(run):
         refused(
             minitrain("replay", run, "--step", 5, option, "no/where"), f"{option} no/where: expected a file in a fo"
         )
+    for command in "verify", "info":
+        refused(minitrain(command, run / "README.md"), "README.md: expected a run folder, got a file; name the --out")
     for command in ["replay", "--step", 1], ["verify"], ["info"]:
         refused(minitrain(command[0], "nowhere", *command[1:]), "nowhere: expected a run folder, got no such folder")
     assert not list(Path.cwd().iterdir())

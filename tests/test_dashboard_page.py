@@ -287,6 +287,7 @@ def test_two_runs_and_another_place(copy, folder, tmp_path):
     other = Path(shutil.copytree(folder, tmp_path / "b"))
     assert minitrain(copy, other).exit_code == 0
     assert (copy / "dashboard-b.html").exists()
+    assert "dashboard.html, or dashboard-<name of OTHER>.html" in " ".join(minitrain("--help").stdout.split())
     result = minitrain(copy, other, "--out", tmp_path / "both.html")
     assert result.exit_code == 0
     assert "No setting differs." in (tmp_path / "both.html").read_text()

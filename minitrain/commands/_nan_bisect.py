@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from minitrain.errors import RunError
-from minitrain.terminal import bar_wanted, steps_bar
+from minitrain.terminal import bar_wanted, steps_bar, width
 
 if TYPE_CHECKING:
     from minitrain.replay.bisect import Bisection
 
 WIDTH = 116
-"""Characters of a line; more are broken at a space."""
+"""Characters of a line at most; more are broken at a space, and where a terminal has fewer."""
 
 
 def find(path: Path, step: int | None, blind: bool, as_json: bool) -> None:
@@ -139,7 +139,7 @@ def _block(name: str, sentence: str) -> list[str]:
 
     return textwrap.wrap(
         sentence,
-        WIDTH,
+        width(WIDTH),
         initial_indent=f"{name:<9}",
         subsequent_indent=" " * 9,
         break_long_words=False,

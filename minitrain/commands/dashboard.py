@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("other", required=False, type=click.Path(path_type=Path))
 @click.option("--text", is_flag=True, help="A summary for the terminal; no file is written.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The file [default: RUN/dashboard.html].")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The file [default: in RUN, dashboard.html, or dashboard-<name of OTHER>.html].",
+)
 @json_option
 def command(run: Path, other: Path | None, text: bool, out: Path | None, as_json: bool) -> None:
     """Write dashboard.html of RUN anew, or a page with a second run laid over it.

@@ -159,11 +159,8 @@ def train_json(outcome: Outcome) -> dict[str, Any]:
 
 def train_text(outcome: Outcome) -> str:
     """What a person reads at the end."""
-    from minitrain.run_folder import start_of
-
-    folder, metrics, r = outcome.folder, outcome.metrics, outcome.results
-    start = start_of(folder.read_manifest())
-    which = f"steps {start} to {metrics.steps - 1}" if metrics.steps > start > 0 else f"{metrics.steps} steps"
+    folder, metrics, r, start = outcome.folder, outcome.metrics, outcome.results, outcome.start
+    which = f"steps {start} to {metrics.steps - 1}" if metrics.steps > start > 0 else f"{metrics.steps - start} steps"
     if metrics.ended == "interrupted":
         return f"stopped after {which}; the state is saved\nnext: minitrain train --resume --out-dir {folder.path}"
     lines = [f"{which} in {outcome.wall_clock_s:.1f} s -> {folder.path}"]

@@ -44,21 +44,22 @@ PATIENCE_S = 0.01
 """How long a step waits for others. Where steps take longer, each is told and written as it comes."""
 
 
-def require_room(folder: RunFolder, layout: Layout) -> int:
-    """The bytes that the disk has for the record, those it takes already among them.
+def require_room(folder: RunFolder, layout: Layout) -> tuple[int, int]:
+    """The bytes that are free, and those that the record takes already.
 
     Raises RunError if they are too few.
     """
     place = next(p for p in (folder.path, *folder.path.absolute().parents) if p.exists())
     there = sum(path.stat().st_size for path in folder.record.rglob("*"))
-    free = shutil.disk_usage(place).free + there
-    if layout.disk_bytes > free:
+    free = shutil.disk_usage(place).free
+    room = free + there
+    if layout.disk_bytes > room:
         raise RunError(
             f"record: expected {layout.disk_bytes / 1e9:,.2f} GB of free disk at {place} for {len(layout.steps)} "
-            f"steps, got {free / 1e9:,.2f} GB; make room, choose another --out-dir, or set record.moments=keyframes "
+            f"steps, got {room / 1e9:,.2f} GB; make room, choose another --out-dir, or set record.moments=keyframes "
             "(or record.enabled=false)"
         )
-    return free
+    return free, there
 
 
 @dataclass(slots=True)
