@@ -21,6 +21,7 @@ from minitrain.dashboard.lanes import running_mean
 from minitrain.dashboard.panels import panels
 from minitrain.dashboard.selection import telling
 from minitrain.dashboard.terminal import BLOCKS, sparkline, summary
+from minitrain.sections import OptimizerConfig
 from minitrain.stability import Spike, overfit_onset, recovery, spikes, usual
 
 READINGS = [
@@ -283,6 +284,20 @@ def test_a_sparkline_draws_its_highest_and_lowest(values, width):
         assert BLOCKS[-1] in text
     if len(finite) == 0:
         assert set(text) == {"×"}
+
+
+def test_the_summary_lays_two_runs_over_each_other(run):
+    """Under each line of the first run stands that of the second, and what was set otherwise is told."""
+    other = healthy(seed=3, name="b")
+    other = replace(other, config=other.config.model_copy(update={"optimizer": OptimizerConfig(clip=0.5)}))
+    lines = summary([run, other]).splitlines()
+    first = [line for line in lines if " · A " in line]
+    assert len(first) > 10
+    for line in first:
+        name, _, _ = line.partition(" · A ")
+        assert lines[lines.index(line) + 1].startswith(f"{name} · B "), line
+    assert lines[lines.index("settings that differ, A to B:") + 1].strip() == "optimizer.clip: 1.0 -> 0.5"
+    assert "no setting differs" in summary([run, healthy(seed=3, name="b")])
 
 
 def test_the_summary_fits_80_columns(run):

@@ -23,6 +23,7 @@ from minitrain.dashboard.gather import RunData
 from minitrain.dashboard.header import header
 from minitrain.dashboard.lanes import (
     MOST,
+    OF_RUN,
     WHOLE,
     Lane,
     Line,
@@ -127,7 +128,7 @@ def _description(lane: Lane, drawn: Sequence[Panel]) -> str:
 
 def _data(runs: Sequence[RunData]) -> dict[str, Any]:
     """All but the lanes."""
-    first, suffix = runs[0], [f" · {letter}" if letter else "" for letter in letters(runs)]
+    first, suffix = runs[0], [OF_RUN + letter if letter else "" for letter in letters(runs)]
     return {
         "name": first.name,
         "start": min(run.start for run in runs),

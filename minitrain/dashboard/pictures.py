@@ -19,6 +19,7 @@ from minitrain.dashboard.lanes import (
     GREEN,
     INK,
     LETTERS,
+    OF_RUN,
     PINK,
     RED,
     SKY,
@@ -49,8 +50,8 @@ def _named(runs: Runs, lines: Callable[[RunData], Sequence[Line]]) -> list[Line]
     found = []
     for number_of, run in enumerate(runs):
         for line in lines(run):
-            name = f"{line.name} · {LETTERS[number_of]}"
-            mean_of = f"{line.mean_of} · {LETTERS[number_of]}" if line.mean_of else ""
+            name = f"{line.name}{OF_RUN}{LETTERS[number_of]}"
+            mean_of = f"{line.mean_of}{OF_RUN}{LETTERS[number_of]}" if line.mean_of else ""
             most = line.most // 2 if line.most == WHOLE else line.most
             told = replace(line, name=name, mean_of=mean_of, most=most)
             if line.pair:

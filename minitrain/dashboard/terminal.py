@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from minitrain.config import differing_keys
 from minitrain.dashboard.checks import checks, verdict
 from minitrain.dashboard.gather import RunData
 from minitrain.dashboard.header import first_difference, headline
-from minitrain.dashboard.lanes import Lane, Line, letters
+from minitrain.dashboard.lanes import OF_RUN, Lane, Line, letters
 from minitrain.dashboard.panels import panels
 from minitrain.dashboard.readings import short
 
@@ -62,7 +63,9 @@ def summary(runs: Sequence[RunData], style: bool = False) -> str:
         lines.append("")
     if len(runs) == 2:
         step = first_difference(*runs)
-        lines += [f"losses first differ at step {step:,}" if step is not None else "losses are equal", ""]
+        lines.append(f"losses first differ at step {step:,}" if step is not None else "losses are equal")
+        keys = differing_keys(runs[0].config, runs[1].config)
+        lines += ["settings that differ, A to B:" if keys else "no setting differs", *sum(map(_wrapped, keys), []), ""]
     for panel in panels(runs):
         lines.append(bold(f"{panel.number}  {panel.title}"))
         for letter, reading in zip(letters(runs), panel.readings, strict=True):
@@ -85,13 +88,20 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _graphs(lane: Lane) -> list[str]:
-    shown = [line for line in lane.lines if not line.mean_of and not line.stems and np.isfinite(line.values).any()]
-    return [_graph(line, lane) for line in shown[: LINES.get(lane.id, 4)]]
+    """Of two runs each line of the first, and that of the second under it."""
+    shown: dict[str, list[Line]] = {}
+    for line in lane.lines:
+        if not line.mean_of and not line.stems and np.isfinite(line.values).any():
+            shown.setdefault(line.name.partition(OF_RUN)[0], []).append(line)
+    first = list(shown.values())[: LINES.get(lane.id, 4)]
+    return [_graph(line, lane) for lines in first for line in lines]
 
 
 def _graph(line: Line, lane: Lane) -> str:
     values = np.asarray(line.values, np.float64)
     known = values[np.isfinite(values)]
-    name = line.name if len(line.name) <= NAME else line.name[: NAME - 1] + "…"
+    name, dot, letter = line.name.partition(OF_RUN)
+    room = NAME - len(dot + letter)
+    name = (name if len(name) <= room else name[: room - 1] + "…") + dot + letter
     ends = f"{short(float(known.min()))} to {short(float(known.max()))}"
     return f"   {name:<{NAME}} {sparkline(values, GRAPH, lane.log):<{GRAPH}} {ends}"[:WIDTH].rstrip()
