@@ -218,7 +218,7 @@ def adamw_copying(
 ) -> None:
     state, copies = np.stack([theta, m, v]), (theta_copy, m_copy, v_copy)
     left = state.copy()
-    adamw(*left, g, offsets, decays, hyper)
+    adamw(left[0], left[1], left[2], g, offsets, decays, hyper)
     for b, way in enumerate(todo):
         block = slice(4096 * b, 4096 * b + 4096)
         if way == 1 or (way == 2 and (_checksums(state[:, block]) == sums[b, :3]).all()):
