@@ -230,7 +230,8 @@ def adamw_copying(
 
 def _checksums(x: F) -> F:
     weights = np.arange(1, 2 * x.shape[1], 2, dtype=np.uint32)
-    sums: F = (x.astype(np.float32).view(np.uint32) * weights).sum(1, dtype=np.uint32)
+    bits = x.astype(np.float32).view(np.uint32)
+    sums: F = ((bits ^ bits >> 15) * weights).sum(1, dtype=np.uint32)
     return sums
 
 

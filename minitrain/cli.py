@@ -7,9 +7,10 @@ at a step boundary, resumable; 141 where whoever read the output has gone, as in
 from __future__ import annotations
 
 import os
+import select
 import sys
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -54,16 +55,14 @@ class Commands(click.Group):
         except MemoryError as error:
             click.echo(f"error: not enough memory ({error}); lower training.batch_size or the sizes of model", err=True)
             context.exit(2)
-        except BrokenPipeError:
-            _unread(context)
         except MinitrainError as error:
-            if isinstance(error.__cause__, BrokenPipeError):  # what a hook printed
-                _unread(context)
+            _end_unread(context, error.__cause__)  # what a hook printed
             click.echo(f"error: {error}", err=True)
             context.exit(error.exit_code)
         except OSError as error:
             if error.filename is None and error.errno is None:
                 raise
+            _end_unread(context, error)
             where = f"{error.filename}: " if error.filename else ""
             click.echo(
                 f"error: {where}{error.strerror}; what was finished before stands, make room and resume", err=True
@@ -71,10 +70,20 @@ class Commands(click.Group):
             context.exit(2)
 
 
-def _unread(context: click.Context) -> NoReturn:
-    """End quietly: nobody reads standard output any more. What it still holds goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    context.exit(UNREAD)
+def _end_unread(context: click.Context, error: BaseException | None) -> None:
+    """Quietly, if the error is that nobody reads standard output any more. What it still holds goes nowhere."""
+    if isinstance(error, BrokenPipeError) and _reader_gone():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        context.exit(UNREAD)
+
+
+def _reader_gone() -> bool:
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError, ValueError):  # no standard output, or none that a pipe could be
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def version_text() -> str:

@@ -91,13 +91,17 @@ def steps_bar(visible: bool, total: int, name: str) -> Iterator[Callable[[int], 
     bar = Bar(*columns, console=Console(stderr=True), refresh_per_second=8)
     task = bar.add_task(name, total=total)
 
+    closed = False
+
     def show(done: int) -> None:
-        bar.start()  # does nothing where it has been
-        bar.advance(task, done)
+        if not closed:  # a thread may be late
+            bar.start()  # does nothing where it has been
+            bar.advance(task, done)
 
     try:
         yield show
     finally:
+        closed = True
         bar.stop()
 
 

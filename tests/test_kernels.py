@@ -142,52 +142,6 @@ def test_same_bits(kernel, kernels, backends, data, seed, values):
     assert not differing, f"other bits than {first}"
 
 
-@settings(deadline=None, max_examples=60)
-@given(data=st.data(), seed=seeds, values=st.sampled_from([(), GENTLE, HARSH]))
-def test_what_an_update_copies(kernels, isa_backend, data, seed, values):
-    """An update that copies leaves the bits of one that does not and their copies, and says whether any number is not
-    finite."""
-    sizes = kernels.sizes("adamw_copying", lambda low, high: data.draw(st.integers(low, high)))
-    rng = np.random.default_rng(seed)
-    arguments = kernels.arguments("adamw_copying", sizes, rng)
-    for i in (0, 1, 2, 8) if values else ():
-        arguments[i][rng.random(len(arguments[i])) < 0.01] = rng.choice(values)
-    out = kernels.run(isa_backend, "adamw_copying", arguments)
-    plain = kernels.run(isa_backend, "adamw", [*arguments[:3], *arguments[8:]])
-    state = [out[name] for name in ("theta", "m", "v")]
-    assert [x.tobytes() for x in state] == [plain[name].tobytes() for name in ("theta", "m", "v")]
-    assert [x.tobytes() for x in state] == [out[f"{name}_copy"].tobytes() for name in ("theta", "m", "v")]
-    assert not out["todo"].any()
-    if not all(np.isfinite(x).all() for x in state):
-        assert out["sums"][:, 3].any()
-    elif max(np.abs(x).max() for x in state) < 1e38:
-        assert not out["sums"][:, 3].any()
-
-
-@settings(deadline=None, max_examples=60)
-@given(data=st.data(), seed=seeds)
-def test_an_update_leaves_what_has_changed(kernels, backends, data, seed):
-    """Any one number that changes, in any bits, keeps its block of 4096 from being updated where that is asked for, and
-    no other one; then the block follows, and all is as if nobody had looked. On every processor and thread count."""
-    n = data.draw(st.integers(1, 13000))
-    rng = np.random.default_rng(seed)
-    arguments = kernels.arguments("adamw_copying", {"P": n, "G": -(-n // 4096), "E": 3, "S": 2, "R": 6, "L": 4}, rng)
-    backend = backends[data.draw(st.sampled_from(sorted(backends)))]
-    first = list(kernels.run(backend, "adamw_copying", arguments).values())
-    which, place = rng.integers(3), rng.integers(n)
-    first[which].view(np.uint32)[place] ^= np.uint32(rng.integers(1, 2**32))
-    watched, as_it_is = (np.full(-(-n // 4096), way, np.uint8) for way in (2, 1))
-    expected = kernels.run(backend, "adamw_copying", [*first[:7], as_it_is, *arguments[8:]])
-    out = kernels.run(backend, "adamw_copying", [*first[:7], watched, *arguments[8:]])
-    assert np.flatnonzero(out["todo"]).tolist() == [place // 4096]
-    waits = slice(place // 4096 * 4096, (place // 4096 + 1) * 4096)
-    for now, before in zip(out.values(), first[:6], strict=False):
-        assert now[waits].tobytes() == before[waits].tobytes()
-    out["todo"] //= 2
-    out = kernels.run(backend, "adamw_copying", [*out.values(), *arguments[8:]])
-    assert all(out[name].tobytes() == expected[name].tobytes() for name in expected)
-
-
 def test_attention_leaves_what_is_masked(kernels, isa_backend):
     """Scores past the block of 16 queries are neither computed, read nor written: NaN may stand there."""
     sizes = {"B": 2, "T": 53, "C": 24, "H": 2}

@@ -104,6 +104,22 @@ def test_nobody_reads_on(run, tmp_path):
         assert (done.returncode, done.stderr) == (141, ""), arguments
 
 
+def test_a_pipe_of_somebody_else(run, tmp_path):
+    """A hook whose own pipe is closed has failed like any other: standard output is still read."""
+    lines = (
+        "import os",
+        "def send(site, tensor):",
+        " ours, theirs = os.pipe()",
+        " os.close(ours)",
+        " os.write(theirs, b'x')",
+    )
+    (tmp_path / "talk.py").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "minitrain", "replay", str(run), "--step", "3", "--hook", "talk:send"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "Broken pipe" in done.stderr
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_output_to_a_full_disk(run):
     """Is an error as it ever was."""

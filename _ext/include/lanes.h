@@ -47,6 +47,7 @@ INLINE V vadd_int(V a, V b) { return _mm512_castsi512_ps(_mm512_add_epi32(_mm512
 INLINE V vsub_int(V a, V b) { return _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
 INLINE V vand_int(V a, uint32_t b) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32((int)b))); }
 INLINE V vor_int(V a, uint32_t b) { return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a), _mm512_set1_epi32((int)b))); }
+INLINE V vxor(V a, V b) { return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
 INLINE V vmul_int(V a, V b) { return _mm512_castsi512_ps(_mm512_mullo_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
 INLINE V vset_int(uint32_t a) { return _mm512_castsi512_ps(_mm512_set1_epi32((int)a)); }
 #define VSHIFT_LEFT(a, n) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), n))
@@ -111,6 +112,7 @@ INLINE V vadd_int(V a, V b) { return BOTH(as_float(_mm256_add_epi32(as_int(a.lo)
 INLINE V vsub_int(V a, V b) { return BOTH(as_float(_mm256_sub_epi32(as_int(a.lo), as_int(b.lo))), as_float(_mm256_sub_epi32(as_int(a.hi), as_int(b.hi)))); }
 INLINE V vand_int(V a, uint32_t b) { __m256 t = as_float(_mm256_set1_epi32((int)b)); return BOTH(_mm256_and_ps(a.lo, t), _mm256_and_ps(a.hi, t)); }
 INLINE V vor_int(V a, uint32_t b) { __m256 t = as_float(_mm256_set1_epi32((int)b)); return BOTH(_mm256_or_ps(a.lo, t), _mm256_or_ps(a.hi, t)); }
+INLINE V vxor(V a, V b) { return EACH_HALF(_mm256_xor_ps, a, b); }
 INLINE V vmul_int(V a, V b) { return BOTH(as_float(_mm256_mullo_epi32(as_int(a.lo), as_int(b.lo))), as_float(_mm256_mullo_epi32(as_int(a.hi), as_int(b.hi)))); }
 INLINE V vset_int(uint32_t a) { __m256 t = as_float(_mm256_set1_epi32((int)a)); return BOTH(t, t); }
 #define VSHIFT_LEFT(a, n) BOTH(as_float(_mm256_slli_epi32(as_int((a).lo), n)), as_float(_mm256_slli_epi32(as_int((a).hi), n)))
@@ -155,6 +157,7 @@ INLINE V vload_bits(uint32_t bits, const float *p) { EACH_LANE(bits >> i & 1 ? p
 INLINE void vstore_first(float *p, V a, int64_t n) { for (int i = 0; i < n; i++) p[i] = a.f[i]; }
 INLINE V vadd_int(V a, V b) { EACH_BITS(float_bits(a.f[i]) + float_bits(b.f[i])); }
 INLINE V vsub_int(V a, V b) { EACH_BITS(float_bits(a.f[i]) - float_bits(b.f[i])); }
+INLINE V vxor(V a, V b) { EACH_BITS(float_bits(a.f[i]) ^ float_bits(b.f[i])); }
 INLINE V vmul_int(V a, V b) { EACH_BITS(float_bits(a.f[i]) * float_bits(b.f[i])); }
 INLINE V vset_int(uint32_t b) { V a = vset(0.0f); EACH_BITS((float_bits(a.f[i]), b)); }
 INLINE V vand_int(V a, uint32_t b) { EACH_BITS(float_bits(a.f[i]) & b); }
@@ -184,6 +187,9 @@ INLINE V vodd(int64_t i) {  // integers 2i+1, 2i+3, ...
   static const uint32_t twice[LANES] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
   return vadd_int(vset_int((uint32_t)(2 * i + 1)), vload((const float *)twice));
 }
+// What a checksum adds up: the bits of a by an odd weight. The high ones are folded into the lower ones first, since the
+// product leaves little of them: two signs that flip would cancel.
+INLINE V vweighted(V a, V weight) { return vmul_int(vxor(a, VSHIFT_RIGHT(a, 15)), weight); }
 INLINE uint32_t vsum_int(V a) {
   uint32_t x[LANES], sum = 0;
   memcpy(x, &a, sizeof x);

@@ -14,7 +14,7 @@ cdef extern from "lanes.h" nogil:
     void vstream_n(float *p, V a, int64_t n) noexcept
     void vstream_end() noexcept
     V vadd_int(V a, V b) noexcept
-    V vmul_int(V a, V b) noexcept
+    V vweighted(V a, V weight) noexcept
     V vodd(int64_t i) noexcept              # integers 2i+1, 2i+3, ...
     uint32_t vsum_int(V a) noexcept
     void vprefetch(const float *p) noexcept

@@ -102,9 +102,9 @@ cdef inline void adamw(State at, State copy, uint32_t *sums, const float *g, con
                 if end - i < 16:                         # the lanes past the end are not in the sums
                     old, new_m, new_v = vload_n(at.theta + i, end - i), vload_n(at.m + i, end - i), vload_n(at.v + i, end - i)
                 weight = vodd(i)
-                sum0 = vadd_int(sum0, vmul_int(old, weight))
-                sum1 = vadd_int(sum1, vmul_int(new_m, weight))
-                sum2 = vadd_int(sum2, vmul_int(new_v, weight))
+                sum0 = vadd_int(sum0, vweighted(old, weight))
+                sum1 = vadd_int(sum1, vweighted(new_m, weight))
+                sum2 = vadd_int(sum2, vweighted(new_v, weight))
                 zeros = vfma(vadd(vadd(old, new_m), new_v), vzero(), zeros)  # NaN where one of them is NaN or Inf
             i += 16
         i = end
@@ -113,13 +113,14 @@ cdef inline void adamw(State at, State copy, uint32_t *sums, const float *g, con
         sums[3] = vsum(zeros) != 0
 
 
-# sum of bits(x_i) * (2i + 1) mod 2^32: odd weights show any one change for certain, others but for 1 in 2^32
+# sum of (b ^ b >> 15) * (2i + 1) mod 2^32, b = bits(x_i): what is added up tells all bits, and odd weights show any one change
+# for certain, most others as well
 cdef inline uint32_t checksum(const float *x, int64_t lo, int64_t hi) noexcept nogil:
     cdef int64_t i
     cdef V s = vzero()
     for i in range(lo, hi, 16):
         vprefetch(x + i + 512)
-        s = vadd_int(s, vmul_int(vload_n(x + i, hi - i), vodd(i)))
+        s = vadd_int(s, vweighted(vload_n(x + i, hi - i), vodd(i)))
     return vsum_int(s)
 
 

@@ -22,9 +22,9 @@ BLUE, SKY, RED, GREEN, PINK, AMBER, INK = "#0072B2", "#56B4E9", "#D55E00", "#009
 COLOURS = (BLUE, RED, GREEN, PINK, AMBER, SKY, INK)
 DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2), (8, 3, 2, 3), (1, 3))
 LETTERS = "AB"
+"""Of two runs laid over each other."""
 OF_RUN = " · "
 """Between the name of a line and the letter of its run, where there are two."""
-"""Of two runs laid over each other."""
 WHOLE = 100_000
 """Points of a line that is never thinned where this can be helped."""
 MOST = 4000

@@ -191,28 +191,30 @@ class Recorder(Listener):
         return now
 
     def _memory_changed(self, state: State, tensors: NDArray[np.int64]) -> None:
-        """State t is not what step t-1 left: say so, and keep it, before the update is made of it."""
+        """State t is not what step t-1 left: say so, and keep it."""
         names = list(state.params)
         changed = [f"{KINDS[kind]}.{names[n]}" for kind, n in tensors]
         self.alerts.append(f"memory changed before step {state.step}: {', '.join(changed)}")
-        self._events.append({"event": "memory_changed", "step": state.step, "tensors": changed})
+        self._events.insert(0, {"event": "memory_changed", "step": state.step, "tensors": changed})
         self._save_incident("memory_changed", state, {})
 
     def _clipped(self, site: str, grads: NDArray[np.float32]) -> None:
-        """Between the norm and the update, the last moment at which parameters and moments are as they were read."""
+        """Between the norm and the update. The state is as it was read; the update makes sure of that."""
         if self._off:
             return
         optimizer = self._optimizer
-        optimizer.changed = self._changed if self._watched else None
-        self._digest_in = None if self._watched else self._digest_if_changed(self._parts.state())
+        finite = math.isfinite(optimizer.norms.before) and math.isfinite(self._model.loss_sum[0])
+        broken = self._finite and not finite
+        watched = self._watched and not broken  # what has changed is told before the incident of this step is kept
+        optimizer.changed = self._changed if watched else None
+        self._digest_in = None if watched else self._digest_if_changed(self._parts.state())
         self._watched = False  # until the step is through
         if self._injections:
             self._events += [event(one) for one in self._injections if one.step == self._model.step]
         if self._copy is None:
             self._copy = self._backlog.take()
         optimizer.copy_to = self._copy.state
-        finite = math.isfinite(optimizer.norms.before) and math.isfinite(self._model.loss_sum[0])
-        if self._finite and not finite:
+        if broken:
             model = self._model
             self._save_incident(
                 "nonfinite",
