@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from measure.workloads import SIZES, random_batches
 from minitrain._ext import engine
 from minitrain._ext.plan import CompiledBackend, Plan, instruction_set
 from minitrain.assembly import prepare_data
 from minitrain.config import Config
 from minitrain.experiments.timing import Steps, Way, bare, fastest, instructions, listener
 from minitrain.hooks import Hooks
+from minitrain.loop import train_step
 from minitrain.model import MiniGPT
 from minitrain.optim import AdamW
+from minitrain.schedule import Scheduler
 
 FIRES = 1000
 TURNS = 400
@@ -118,6 +121,19 @@ def elements() -> int:
     return total
 
 
+def larger() -> dict[str, float]:
+    """Seconds of a step of size M with nobody and with a probe at every site, on one thread, in turn."""
+    size, ways = SIZES["M"], {"nobody": lambda hooks: None, "a probe at every site": Hooks.probe}
+    learners = []
+    for listen in ways.values():
+        model = MiniGPT(size.config.model)
+        optimizer = AdamW(size.config.optimizer, backend=model.backend, hooks=model.hooks)
+        listen(model.hooks)
+        learners.append((model, optimizer, Scheduler.from_config(size.config)))
+    times = [fastest([partial(train_step, *each, batch) for each in learners], 1) for batch in random_batches(size)]
+    return dict(zip(ways, map(min, zip(*times[1:], strict=True)), strict=True))
+
+
 def costs() -> dict[str, Any]:
     """Seconds of a fire of each kind, and of a step with each set of hooks.
 
@@ -132,7 +148,7 @@ def costs() -> dict[str, Any]:
         "a Python hook, its call taken off": per_fire(python) - call(),
         "the call": call(),
     }
-    found = {"fires": fires, "steps": steps(WAYS), "elements": elements()}
+    found = {"fires": fires, "steps": steps(WAYS), "steps of M": larger(), "elements": elements()}
     if "avx2" in engine.instruction_sets() and instruction_set() != "avx2":
         with instructions("avx2"):
             found["steps, avx2"] = steps({way: WAYS[way] for way in ("nobody", "a probe at every site")})

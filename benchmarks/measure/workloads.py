@@ -77,7 +77,7 @@ def write_workload(folder: Path, size: Size) -> Path:
     """Write ``about.json``, ``batches.npz`` and the first weights to ``folder``; see sides/work.py for the reader."""
     folder.mkdir(parents=True)
     config = size.config
-    rows = list(_corpus_batches(folder, config) if size.name == "default" else _random_batches(size))
+    rows = list(_corpus_batches(folder, config) if size.name == "default" else random_batches(size))
     names = ("inputs", "targets", "attn_pad_mask", "loss_mask", "rows")
     np.savez(folder / "batches.npz", **{name: np.stack([getattr(b, name) for b in rows]) for name in names})
     model = MiniGPT(config.model, seed=config.training.rng_seed)
@@ -108,7 +108,7 @@ def _corpus_batches(folder: Path, config: Config) -> Iterable[Batch]:
     return map(source.batch_at, range(SIZES["default"].identity_steps))
 
 
-def _random_batches(size: Size) -> Iterator[Batch]:
+def random_batches(size: Size) -> Iterator[Batch]:
     """Random tokens without padding, a batch for each step: learning the same few by heart would magnify rounding."""
     config, draw = size.config, np.random.default_rng(0)
     shape = (config.training.batch_size, config.model.max_seq_len)

@@ -106,6 +106,8 @@ def bars(tree: Tree) -> Iterator[Bar | BitBar]:
             yield Bar(
                 f"probes at all sites, {words}: a step takes longer by", probed(tree, isa), "{:.1f} %", "≤", limit
             )
+        larger = heard_more([r for r in heard if "steps of M" in r], "a probe at every site", "steps of M")
+        yield Bar("the same of a step of size M: longer by", larger, "{:.1f} %", "≤", PROBES["avx512"][1])
         yield Bar("no-op Python hooks at all sites: a step takes longer by", heard_more(heard), "{:.1f} %", "≤", 30)
     measured = tree.get("metrics", {}).get("rounds", [])
     longer = [100 * (r["on_s"] / r["off_s"] - 1) for r in measured]
