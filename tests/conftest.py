@@ -199,7 +199,6 @@ class Kernels:
     sizes = staticmethod(draw_sizes)
     arguments = staticmethod(draw_arguments)
     bits = staticmethod(bits)
-    in_place = IN_PLACE
 
     @staticmethod
     def read(kernel: str, arguments: list[Any]) -> list[int]:
@@ -219,8 +218,7 @@ class Kernels:
         """The outputs by name; the arguments stay as they are. A reference backend decides the float type."""
         copy = as_type(arguments, backend.dtype.type if isinstance(backend, ReferenceBackend) else np.float32)
         call(backend, kernel, *copy)
-        arrays = zip(SIGNATURES[kernel].arrays, copy, strict=False)
-        return {a.name: array for a, array in arrays if a.output and array is not None}
+        return {a.name: x for a, x in zip(SIGNATURES[kernel].arrays, copy, strict=False) if a.output and x is not None}
 
 
 @pytest.fixture(scope="session")

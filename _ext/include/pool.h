@@ -1,7 +1,7 @@
 // Threads for programs: each runs its fixed share of every operation, with a barrier where the kind of share changes.
 //
 // Who waits spins for some 50 us, giving way to others, and then sleeps, so that a busy machine is not made busier. The
-// shares depend on the operation's place and the number of threads alone; no operation's bits depend on them.
+// shares depend on the operation's units, its place and the number of threads alone; no operation's bits depend on them.
 #ifndef MINITRAIN_POOL_H
 #define MINITRAIN_POOL_H
 #include <pthread.h>
