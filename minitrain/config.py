@@ -68,6 +68,10 @@ def read_config(
 ) -> tuple[Config, Mapping[str, str]]:
     """As `load_config`, and where each key stands."""
     tree, places = ({}, {}) if path is None else read_sections(Path(path))
+    if {"kind", "config"} <= tree.keys():
+        name = Path(str(path)).stem
+        hint = f"`minitrain experiment {name}` makes it, and what stands under its 'config' is a configuration"
+        raise ConfigError(f"{path}: expected sections such as 'model:', got the preset of an experiment; {hint}")
     if below:
         tree, places = _over(below[0].model_dump(), below[1], tree, places)
     mistakes = []

@@ -10,11 +10,14 @@ import signal
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
 from minitrain import cli, commands, keeper, trainer
 from minitrain.cli import main
 from minitrain.data.prepare import prepare
+from minitrain.experiments import preset
+from minitrain.inject import FAULTS
 from minitrain.run_folder import RunFolder
 
 SHORT = [
@@ -329,6 +332,27 @@ def test_wrong_names_get_a_hint():
     result = minitrain("train", "--outdir", "x")
     assert result.exit_code == 2
     assert "--out-dir" in result.stderr
+
+
+def test_the_shell_completes_names():
+    """Commands, options, experiments and faults, as docs/completion.md says; nothing where nothing begins so."""
+
+    def completed(*words: str) -> list[str]:
+        shell = ShellComplete(main, {}, "minitrain", "_MINITRAIN_COMPLETE")
+        return [item.value for item in shell.get_completions(list(words[:-1]), words[-1])]
+
+    assert completed("tr") == ["train"]
+    assert completed("train", "--o") == ["--out-dir"]
+    assert completed("experiment", "14") == ["14-ngram-baseline"]
+    assert completed("experiment", "") == preset.names()
+    assert completed("train", "--injection", "") == ["none", "help", *FAULTS]
+    assert completed("train", "--injection", "param_n") == ["param_nan"]
+    assert completed("experiment", "x") == []
+
+
+def test_an_experiments_preset_is_no_configuration():
+    """The message says which command takes it."""
+    refused(train(str(preset.FOLDER / "19-healthy.yaml")), "19-healthy.yaml", "`minitrain experiment 19-healthy`")
 
 
 def test_every_command_has_a_file_and_an_example():

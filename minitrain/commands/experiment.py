@@ -23,8 +23,15 @@ from minitrain.terminal import (
 )
 
 
+def _names(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    """What the shell may complete NAME to."""
+    from minitrain.experiments.preset import names
+
+    return [name for name in names() if name.startswith(begun)]
+
+
 @click.command("experiment", short_help="Make an experiment, and a page of what it found.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_names)
 @click.option("--list", "as_list", is_flag=True, help="Print the experiments that there are; the same without NAME.")
 @seed_option
 @click.option("--out-dir", type=click.Path(path_type=Path), help="Its folder [default: experiments/NAME].")

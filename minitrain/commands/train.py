@@ -27,13 +27,25 @@ if TYPE_CHECKING:
     from minitrain.trainer import Outcome
 
 
+def _injections(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    """What the shell may complete the name of a fault to."""
+    from minitrain.inject import FAULTS
+
+    return [name for name in ("none", "help", *FAULTS) if name.startswith(begun)]
+
+
 @click.command("train", short_help="Train as a YAML file says, or with the defaults.")
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--config", "config_option", type=click.Path(path_type=Path), help="The same as the argument CONFIG.")
 @seed_option
 @click.option("--out-dir", type=click.Path(path_type=Path), help="The run folder [default: runs/<name of the config>].")
 @set_option
-@click.option("--injection", metavar="NAME", help="A fault to cause, none, or help: lists them and their parameters.")
+@click.option(
+    "--injection",
+    metavar="NAME",
+    shell_complete=_injections,
+    help="A fault to cause, none, or help: lists them and their parameters.",
+)
 @click.option("--injection-step", type=int, metavar="K", help="The step at which (a setting: from which) it acts.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out-dir.")
 @click.option(
