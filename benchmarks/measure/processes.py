@@ -87,10 +87,8 @@ class Track:
 
     def peak(self, isa: str, cores: int) -> float:
         """GFLOP/s of fused multiply-adds on so many cores at the same time, by peak.c."""
-        program = self.scratch / f"peak-{isa}"
-        if not program.exists():
-            flags = ["-O3", "-march=native", "-ffp-contract=fast", f"-DLANES={LANES[isa]}"]
-            subprocess.run(["cc", *flags, BENCHMARKS / "peak.c", "-o", program], check=True)
+        flags = ["-march=native", "-ffp-contract=fast", f"-DLANES={LANES[isa]}"]
+        program = self._compiled("peak.c", f"peak-{isa}", flags)
         bursts = [
             subprocess.Popen(
                 [program],
@@ -101,6 +99,24 @@ class Track:
             for core in self.pins(cores)
         ]
         return sum(float(burst.communicate()[0].split()[0]) for burst in bursts)
+
+    def round_trip(self) -> float | None:
+        """Nanoseconds of a cache line from one of two cores to the other and back, by round_trip.c.
+
+        None where a process cannot be kept to a core, or there is but one.
+        """
+        cores = self.pins(2)
+        if not PINS or len(cores) < 2:
+            return None
+        program = self._compiled("round_trip.c", "round-trip", ["-pthread"])
+        told = subprocess.run([program, *map(str, cores)], stdout=subprocess.PIPE, text=True, check=True)
+        return float(told.stdout.split()[0])
+
+    def _compiled(self, source: str, name: str, flags: list[str]) -> Path:
+        program = self.scratch / name
+        if not program.exists():
+            subprocess.run(["cc", "-O3", *flags, BENCHMARKS / source, "-o", program], check=True)
+        return program
 
 
 def available(sides: list[str]) -> tuple[list[str], list[str]]:

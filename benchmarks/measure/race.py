@@ -32,9 +32,14 @@ def entrants(sides: list[str], isas: list[str]) -> list[Entrant]:
 def one_round(
     track: Track, size: Size, workload: Path, runners: list[Entrant], isas: list[str], threads: int, say: Say
 ) -> dict[str, Any]:
-    """``peak`` by instruction set in GFLOP/s over so many cores, and what each entrant told, or its ``error``."""
+    """What each entrant told, or its ``error``, and of the machine at the time:
+
+    ``peak`` by instruction set in GFLOP/s over so many cores, and of two cores ``round_trip_ns``.
+    """
     say("peak")
     found: dict[str, Any] = {"peak": {isa: track.peak(isa, threads) for isa in isas}}
+    if threads == 2:
+        found["round_trip_ns"] = track.round_trip()
     for runner in runners:
         say(runner.name)
         try:

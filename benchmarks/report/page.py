@@ -30,6 +30,9 @@ READING = """\
   then the median of the rounds: above 1 minitrain is faster.
 - *of peak*: the FLOPs of a step's matrix products over its smallest time, as a share of the fused multiply-adds that
   `peak.c` does in the same round on as many cores. Attention counts in full, padding too, backward as twice forward.
+- *from core to core and back*: of a cache line, before minitrain's turn, by `round_trip.c`. Some 60 ns are cores that
+  share their last cache. Threads that exchange lines after every product of a step of 1.6 ms are slow on cores that do
+  not, whatever the code; a virtual machine cannot choose, and its host may move it between two rounds.
 - *Default* are the first batches of the built-in corpus, of which half is padding. minitrain leaves out what its
   backward pass would multiply by zeros there (to the same bits), the peers do not; so *of peak* says less of it.
   *Default without padding* is the same size with a token at every position, as are all other sizes.
@@ -155,7 +158,9 @@ def _table(size: Tree, race: Race, threads: int) -> Iterator[str]:
     peak = max(race.rounds[0]["peak"], key=lambda isa: race.rounds[0]["peak"][isa])
     peaks = [r["peak"][peak] for r in race.rounds]
     cores = "1 thread" if threads == 1 else f"{threads} threads"
-    yield f"**{cores}**, {len(race.rounds)} round{'s' * (len(race.rounds) > 1)}, peak {max(peaks):.0f} GFLOP/s ({peak})"
+    trip = f", {race.round_trip.show('{:.0f}')} ns from core to core and back" if race.round_trip else ""
+    rounds = f"{len(race.rounds)} round{'s' * (len(race.rounds) > 1)}"
+    yield f"**{cores}**, {rounds}, peak {max(peaks):.0f} GFLOP/s ({peak}){trip}"
     yield ""
     yield (
         "| side | smallest, ms | median, ms | ratio | of peak | import, s | first step, s | memory, MB | loss | norm |"

@@ -1,7 +1,7 @@
 """The stored figures: one JSON file, which a measurement changes where it has measured.
 
     sizes.NAME.about           model, batch, flops, parameters
-    sizes.NAME.race            about (when, where, with what), left_out, rounds[r][threads][entrant | "peak"]
+    sizes.NAME.race            about (when, where, with what), left_out, rounds[r][threads][entrant or OF_THE_MACHINE]
     sizes.NAME.identity.SIDE   about, runs[] (isa, threads, build, steps, digest)
     command, recording, forensics, hooks, metrics      about, rounds[]
 
@@ -47,13 +47,17 @@ class Figure:
         return f"{middle} ({least}–{most})" if least != most else middle
 
 
+OF_THE_MACHINE = ("peak", "round_trip_ns")
+"""What a round says of the machine; the rest are entrants."""
+
+
 class Race:
     """The rounds of one size on one number of threads."""
 
     def __init__(self, size: Tree, threads: int) -> None:
         self.flops: float = size["about"]["flops"]
         self.rounds: list[Tree] = [r[str(threads)] for r in size["race"]["rounds"] if str(threads) in r]
-        names = {name: None for r in self.rounds for name in r if name != "peak"}
+        names = {name: None for r in self.rounds for name in r if name not in OF_THE_MACHINE}
         self.entrants = [name for name in names if all("step_s" in r.get(name, {}) for r in self.rounds)]
         self.failed = [name for name in names if name not in self.entrants]
 
@@ -75,6 +79,12 @@ class Race:
             return float(r["peak"][held] if held else max(r["peak"].values()))
 
         return Figure([self.flops / r[entrant]["step_s"]["min"] / 1e9 / peak(r) for r in self.rounds])
+
+    @property
+    def round_trip(self) -> Figure | None:
+        """Nanoseconds of a cache line to the other core and back, if every round measured it."""
+        found = [r.get("round_trip_ns") for r in self.rounds]
+        return Figure([float(ns) for ns in found]) if all(found) else None
 
     def seconds_per_flop(self, entrant: str) -> list[float]:
         return [r[entrant]["step_s"]["min"] / self.flops for r in self.rounds]
